@@ -1,0 +1,1664 @@
+"""SAVE: a reward model (RM) that improves itself while it trains a policy (arXiv 2605.30888), in one file.
+
+    bash run.sh                                               # laptop: builds a small world, runs the whole pipeline
+    python save.py --policy DIR --rm DIR --prompts FILE       # one process, your models and your prompts
+    torchrun --nproc-per-node 4 save.py --algo rloo           # the paper's run: every default below is its Table 8
+
+Algorithm 2, one step t of T:
+    1  threshold mu(t)                                   curriculum_threshold         Eq. 14
+    2  sample G responses for each of P prompts          rollout
+    3  R(x,y) and V(x) from one forward                  score                        a = R - V, Eq. 13
+    4  keep |a| large enough, split by sign              partition                    Eq. 15-17
+    5  contrastive loss -> backbone and reward head      reward_model_step            Eq. 18-20
+    6  score the same responses again                    score
+    7  value head towards the group mean                 value_step                   Eq. 21
+    8  filter again with the improved RM                 partition
+    9  GRPO | RLOO | GSPO on the survivors               policy_step
+
+Symbols                                                  Shapes
+    pi_theta   the policy            `policy`            P   prompts of a step, all ranks together
+    R_omega,phi  the reward          `rewards` (P,G)     G   responses per prompt (`group`)
+    V_omega,psi  the value anchor    `values` (P,)       N   rows = P*G, T tokens, H hidden size
+    Y+, Y-, B~   `positive`, `negative` (P,G), `valid` (P,)
+
+Every rank works on its own prompts (RANK::WORLD) but sees the (P,G) numbers of all of them, so a loss over groups,
+its denominators and every logged mean are computed once, globally, and are the same on any number of ranks.
+"""
+import argparse
+import contextlib
+import copy
+import dataclasses
+import functools
+import gzip
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import resource
+import shutil
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          DynamicCache)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. configuration
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class UsageError(Exception):
+    """Bad input. Printed as one line, exit code 2, before anything is written."""
+
+
+def fail(message):
+    """Stop with one clear line: name the flag, the file and the row, and say what was expected."""
+    raise UsageError(" ".join(str(message).split()))
+
+
+@dataclasses.dataclass
+class Config:
+    """Every knob, as a flag of the same name. "Table 8" marks the paper's value."""
+    # what to run, on what
+    stage: str = ""                  # preference | value | save; empty: value (unless the RM has a value head), then save
+    algo: str = "grpo"               # grpo | rloo | gspo
+    rm_update: str = "save"          # save | hl_bt | mean_reward | none (frozen reward model: plain RL, no filter)
+    policy: str = "Qwen/Qwen3-4B-Instruct-2507"                         # hub name or folder, a causal language model
+    rm: str = "Skywork/Skywork-Reward-V2-Llama-3.2-3B"                  # hub name or folder, sequence classifier, 1 label
+    prompts: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # .json, .jsonl, .gz file or hub name[:split]
+    pairs: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"    # the same, with chosen and rejected
+    heldout: list = dataclasses.field(default_factory=list)             # pair files: RM accuracy at start, in between, end
+    out: str = "out"                 # folder for rm/, policy/, metrics.jsonl, samples.jsonl, checkpoints/
+    # the method
+    steps: int = None                # T; none: 320 (Table 8), or `epochs` passes over the pairs in stage preference
+    batch: int = 32                  # prompts (or pairs) per step over all ranks (Table 8)
+    group: int = 16                  # G responses per prompt (Table 8)
+    m0: float = 0.5                  # initial margin of the curriculum, Eq. 14 (Table 8)
+    kl_coef: float = 0.04            # beta, KL to the initial policy (Table 8)
+    lr_rm: float = None              # backbone and reward head; none: 1e-7 (Table 8), 1e-5 in stage preference
+    lr_value: float = 1e-5           # value head during SAVE (Table 8)
+    lr_policy: float = 2e-6          # policy (Table 8)
+    value_coef: float = 1.0          # lambda_V (Table 8); scales a separate Adam, so it matters only through clipping
+    value_k: int = 16                # K responses per prompt in stage value (Table 8)
+    value_lr: float = 2e-4           # value head in stage value (Table 8)
+    value_batch: int = 32            # prompts per value-head step in stage value (Table 8)
+    value_epochs: int = 1            # passes in stage value (Table 8)
+    value_prompts: int = 0           # prompts used in stage value; 0: as many as SAVE will use, steps * batch
+    epochs: int = 1                  # passes over the pairs in stage preference
+    # sampling
+    max_new_tokens: int = 1024       # longest response (Table 8); a response that reaches it is "truncated"
+    temperature: float = 0.7         # Table 8; log-probs are taken at this temperature too
+    top_p: float = 0.8               # Table 8
+    top_k: int = 20                  # Table 8; 0: off
+    # where the paper is silent
+    num_minibatches: int = 1         # optimizer steps per rollout; 1: ratios are exactly 1 and GSPO equals GRPO
+    clip_low: float = None           # none: 0.2; 3e-4 for gspo
+    clip_high: float = None          # none: 0.2; 4e-4 for gspo
+    adv_group: str = "survivors"     # survivors | full: the responses that the group mean and std are taken over
+    policy_requires_both_signs: bool = False  # train the policy only on prompts of B~
+    mask_truncated: bool = False     # leave truncated responses out of the policy update too
+    v_full_group: bool = False       # let truncated responses into the value target (Eq. 21 to the letter)
+    lr_schedule: str = "constant"    # constant | linear (to 0), for all learning rates of a stage
+    adam_beta1: float = 0.9          # AdamW
+    adam_beta2: float = 0.999        # AdamW
+    adam_eps: float = 1e-8           # AdamW
+    weight_decay: float = 0.0        # AdamW
+    max_grad_norm: float = 1.0       # per optimizer; 0: no clipping
+    # data limits
+    max_prompt_tokens: int = 1024    # longest prompt, template included, in policy tokens
+    max_response_tokens: int = 1024  # prompt sets with chosen and rejected: drop prompts with a longer one (F.1)
+    long_rows: str = "auto"          # error | drop: what to do with a longer prompt; auto: error for files, drop for hubs
+    # machine
+    dtype: str = "auto"              # float32 | bfloat16 working copies (masters are fp32); auto: bfloat16 on a GPU
+    device: str = "auto"             # auto | cpu | cuda
+    offload: bool = False            # keep optimizer shards in pinned host memory between steps
+    checkpointing: bool = None       # recompute activations in the backward pass; none: on a GPU
+    micro_tokens: int = 0            # padded tokens per micro-batch; 0: 8192 on a GPU, 2048 on a CPU
+    max_rows: int = 0                # rows decoded together; 0: all of the rank's
+    seed: int = 0                    # randomness is a function of (seed, purpose, step, row)
+    # logs and checkpoints
+    save_every: int = 40             # steps between checkpoints; 0: none
+    keep: int = 2                    # checkpoints kept
+    resume: bool = False             # continue from the newest complete checkpoint under --out, if there is one
+    eval_every: int = 0              # steps between accuracies on --heldout; 0: start and end only
+    show_every: int = 20             # steps between printed samples; 0: never
+    tensorboard: bool = False        # also write TensorBoard events (needs the tensorboard package)
+    wandb: bool = False              # also log to Weights & Biases (needs the wandb package)
+
+    def check(self):
+        """Refuse what cannot work, naming the flag to change."""
+        choices = {"stage": ("", "preference", "value", "save"), "algo": tuple(ADVANTAGES), "rm_update": tuple(RM_LOSSES),
+                   "adv_group": ("survivors", "full"), "lr_schedule": ("constant", "linear"),
+                   "long_rows": ("auto", "error", "drop"), "dtype": ("auto", "float32", "bfloat16")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                fail(f"--{name} {getattr(self, name)!r}: expected one of {', '.join(filter(None, allowed))}")
+        for name in ("steps", "batch", "group", "value_k", "value_batch", "value_epochs", "epochs", "max_new_tokens",
+                     "num_minibatches", "max_prompt_tokens", "max_response_tokens", "keep", "temperature", "top_p"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                fail(f"--{name} {getattr(self, name)}: expected more than 0")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, float) and value is not None and not (math.isfinite(value) and value >= 0):
+                fail(f"--{field.name} {value}: expected a finite number, 0 or more")
+        for name in ("top_p", "m0", "adam_beta1", "adam_beta2"):
+            if getattr(self, name) > 1:
+                fail(f"--{name} {getattr(self, name)}: expected at most 1")
+        if self.batch % WORLD:
+            fail(f"--batch {self.batch}: expected a multiple of the {WORLD} ranks")
+        if self.batch // WORLD % self.num_minibatches:
+            fail(f"--num_minibatches {self.num_minibatches}: expected a divisor of the {self.batch // WORLD} prompts a rank")
+        if self.group < 2 and self.stage not in ("preference", "value"):
+            fail(f"--group {self.group}: expected 2 or more, a group is compared with itself")
+
+    # numbers derived from flags and machine, all in this place
+    @property
+    def clip(self):
+        low, high = (3e-4, 4e-4) if self.algo == "gspo" else (0.2, 0.2)
+        return (low if self.clip_low is None else self.clip_low), (high if self.clip_high is None else self.clip_high)
+
+    @property
+    def torch_device(self):
+        if self.device == "cpu" or (self.device == "auto" and not torch.cuda.is_available()):
+            return torch.device("cpu")
+        if not torch.cuda.is_available():
+            fail(f"--device {self.device}: no such device here, expected cpu")
+        return torch.device("cuda", LOCAL_RANK)
+
+    @property
+    def on_gpu(self):
+        return self.torch_device.type == "cuda"
+
+    @property
+    def torch_dtype(self):
+        return getattr(torch, ("bfloat16" if self.on_gpu else "float32") if self.dtype == "auto" else self.dtype)
+
+    @property
+    def token_budget(self):
+        return self.micro_tokens or (8192 if self.on_gpu else 2048)
+
+    @property
+    def recompute(self):
+        return self.on_gpu if self.checkpointing is None else self.checkpointing
+
+    @property
+    def sampling(self):
+        return {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "max_rows")}
+
+
+def parse_config(argv=None):
+    """Flags from Config: the name, type and default of each field, and its trailing comment as the help text."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: fail(message + " (save.py --help lists the flags)")
+    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.M))
+    for field in dataclasses.fields(Config):
+        options = {"help": comments[field.name].replace("%", "%%"), "default": argparse.SUPPRESS}
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options.update(type=str if field.type is list else field.type, nargs="+" if field.type is list else None)
+        parser.add_argument("--" + field.name, **options)
+    return Config(**vars(parser.parse_args(argv)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. ranks and devices: the only place that knows torch.distributed
+# ---------------------------------------------------------------------------------------------------------------------
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
+                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+def start_ranks(device):
+    """Join the other ranks that torchrun started. A long timeout: one rank may decode much longer than another."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+
+
+def barrier():
+    """Wait for every rank."""
+    if WORLD > 1:
+        dist.barrier()
+
+
+def one_rank_at_a_time(load):
+    """load() on rank 0, then rank 1, ...: host memory holds the weights being read by one rank only."""
+    for rank in range(WORLD):
+        if rank == RANK:
+            result = load()
+        barrier()
+    return result
+
+
+def mine(items):
+    """This rank's share of a list or tensor over prompts. Strided, so that shares join into the same global order."""
+    return items[RANK::WORLD]
+
+
+def gather(share):
+    """(P/W, ...) on each rank -> (P, ...) on every rank, in the order that `mine` took the shares from."""
+    if WORLD == 1:
+        return share
+    shares = [torch.empty_like(share, dtype=torch.float32) for _ in range(WORLD)]
+    dist.all_gather(shares, share.float().contiguous())
+    return torch.stack(shares, 1).flatten(0, 1).to(share.dtype)
+
+
+def broadcast(tensor, source):
+    """Overwrite `tensor` on every rank with that of rank `source`."""
+    if WORLD > 1:
+        dist.broadcast(tensor, source)
+
+
+def total(*numbers):
+    """Each number summed over the ranks, as floats."""
+    sums = torch.tensor([float(n) for n in numbers], device="cuda" if torch.cuda.is_initialized() else "cpu")
+    if WORLD > 1:
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def accumulate(model, batches, micro_loss, recompute):
+    """Back-propagate micro_loss(model, rows) for each micro-batch; leave the sum over micro-batches and ranks in p.grad.
+
+    DistributedDataParallel exists only inside this function, so its gradient buckets do too. Ranks may have different
+    numbers of micro-batches (at least one): gradients are exchanged once, in the last backward. DDP averages over
+    ranks while our losses are divided by global counts, hence the factor WORLD.
+    """
+    if recompute:
+        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()  # only because transformers recomputes activations in training mode alone: dropout is removed at load
+    wrapped = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True) if WORLD > 1 else model
+    for i, rows in enumerate(batches):
+        if WORLD > 1:
+            wrapped.require_backward_grad_sync = i == len(batches) - 1
+        (micro_loss(wrapped, rows) * WORLD).backward()
+    model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. text and data
+# ---------------------------------------------------------------------------------------------------------------------
+DATE = "26 Jul 2024"  # Llama-3.2's template prints today's date unless told otherwise: scores would change overnight
+
+
+def encode_chat(tokenizer, messages, generation_prompt=False):
+    """Messages -> token ids. The only place a chat template is applied, with exactly one BOS where the tokenizer wants one."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt,
+                                         date_string=DATE)
+    text = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be tokenized
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    wants_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
+    return [bos] + ids if wants_bos and ids[:1] != [bos] else ids
+
+
+def encode_responses(tokenizer, messages, responses):
+    """One prompt, many response texts -> [(ids, prompt_length)] in the reward model's own template.
+
+    V is read at the last token of the prompt rendered without generation prompt, which must be a token prefix of the
+    whole: true for the Llama-3, Qwen and ChatML templates, checked here for every other.
+    """
+    prompt = encode_chat(tokenizer, messages)
+    rows = [encode_chat(tokenizer, messages + [{"role": "assistant", "content": text}]) for text in responses]
+    if any(row[:len(prompt)] != prompt or len(row) == len(prompt) for row in rows):
+        fail("--rm: its chat template does not render the prompt as a token prefix of prompt and response, so one "
+             "causal pass cannot give both R and V")
+    return [(row, len(prompt)) for row in rows]
+
+
+def load_tokenizer(path, flag):
+    """The tokenizer of a model folder or hub name; it must carry a chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"--{flag} {path}: no tokenizer could be loaded, expected a model folder or hub name ({first_line(error)})")
+    if not tokenizer.chat_template:
+        fail(f"--{flag} {path}: its tokenizer has no chat template, expected one (tokenizer.chat_template)")
+    return tokenizer
+
+
+def first_line(error):
+    """The first non-empty line of an exception, short enough for one line of ours."""
+    return next((line.strip() for line in str(error).split("\n") if line.strip()), type(error).__name__)[:200]
+
+
+def read_rows(source, flag):
+    """[(where, row)] of a .json / .jsonl file (plain or .gz) or of a hub dataset `name` or `name:split`."""
+    if Path(source).exists() or source.endswith((".json", ".jsonl", ".gz")):
+        rows = read_file(source, flag)
+    else:
+        name, _, split = source.partition(":")
+        try:
+            from datasets import load_dataset  # imported here: local files do not need it
+            rows = load_dataset(name, split=split or "train")
+        except Exception as error:  # the hub client raises many types, all of them mean "cannot be had"
+            fail(f"--{flag} {source}: neither a local file nor a hub dataset that can be had ({first_line(error)})")
+    if not len(rows):
+        fail(f"--{flag} {source}: it is empty, expected one row or more")
+    return [(f"--{flag} {source} row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def read_file(source, flag):
+    """The rows of a local file: a JSON list, or one JSON value per line."""
+    def parse(text, where):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            fail(f"{where}: not valid JSON ({first_line(error)})")
+
+    try:
+        with (gzip.open if source.endswith(".gz") else open)(source, "rt", encoding="utf-8") as file:
+            text = file.read().rstrip("\n")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        fail(f"--{flag} {source}: cannot be read ({first_line(error)})")
+    if not source.removesuffix(".gz").endswith(".json"):
+        return [parse(line, f"--{flag} {source} row {n}") for n, line in enumerate(text.split("\n"), 1)] if text else []
+    rows = parse(text, f"--{flag} {source}")
+    return rows if isinstance(rows, list) else fail(f"--{flag} {source}: expected a JSON list of rows")
+
+
+def as_messages(value, where):
+    """A chat from a string or from a list of {"role", "content"}."""
+    if isinstance(value, str) and value.strip():
+        return [{"role": "user", "content": value}]
+    if isinstance(value, list) and value and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value):
+        return [{"role": m["role"], "content": m["content"]} for m in value]
+    fail(f'{where}: expected a non-empty string or a list of {{"role", "content"}} messages, got {json.dumps(value)[:80]}')
+
+
+def last_reply(value, where):
+    """The text of a response given as a string or as a whole chat that ends with it."""
+    return value if isinstance(value, str) else as_messages(value, where)[-1]["content"]
+
+
+def read_prompts(cfg, tokenizer):
+    """[(messages, policy token ids)] of --prompts: rows are strings, message lists, or {"prompt": either}."""
+    prompts, dropped = [], 0
+    for where, row in tqdm(read_rows(cfg.prompts, "prompts"), desc="prompts", disable=RANK > 0, delay=5):
+        value = row.get("prompt", row.get("messages")) if isinstance(row, dict) else row
+        messages = as_messages(value, where)
+        if messages[-1]["role"] == "assistant":
+            fail(f"{where}: the prompt ends with an assistant message, expected the user's")
+        ids = encode_chat(tokenizer, messages, generation_prompt=True)
+        if len(ids) > cfg.max_prompt_tokens:
+            dropped += too_long(cfg, cfg.prompts, f"{where}: prompt of {len(ids)} tokens", cfg.max_prompt_tokens)
+            continue
+        # F.1 speaks of responses and 1024 tokens; we read it as R2M does: leave out prompts whose responses are longer
+        replies = [last_reply(row[side], where) for side in ("chosen", "rejected") if isinstance(row, dict) and side in row]
+        if any(len(reply.encode("utf-8", "replace")) > cfg.max_response_tokens  # a token is at least one byte
+               and len(tokenizer(reply)["input_ids"]) > cfg.max_response_tokens for reply in replies):
+            dropped += 1
+            continue
+        prompts.append((messages, ids))
+    if not prompts:
+        fail(f"--prompts {cfg.prompts}: no prompt is left within --max_prompt_tokens {cfg.max_prompt_tokens} "
+             f"and --max_response_tokens {cfg.max_response_tokens}")
+    say(f"{len(prompts)} prompts from {cfg.prompts}, {dropped} dropped as too long")
+    return prompts
+
+
+def read_pairs(cfg, source, flag, tokenizer):
+    """[(chosen, rejected)] as two (ids, prompt_length) in the reward model's template; rows hold prompt, chosen, rejected."""
+    pairs, dropped = [], 0
+    limit = cfg.max_prompt_tokens + cfg.max_response_tokens
+    for where, row in tqdm(read_rows(source, flag), desc=flag, disable=RANK > 0, delay=5):
+        missing = [side for side in ("chosen", "rejected") if not isinstance(row, dict) or not row.get(side)]
+        if missing:
+            fail(f"{where}: a pair needs both sides, {' and '.join(missing)} missing or empty")
+        replies = [last_reply(row[side], where) for side in ("chosen", "rejected")]
+        prompt = row.get("prompt") or (row["chosen"][:-1] if isinstance(row["chosen"], list) else None)
+        sides = encode_responses(tokenizer, as_messages(prompt, where), replies)
+        if max(len(ids) for ids, _ in sides) > limit:
+            dropped += too_long(cfg, source, f"{where}: pair of {max(len(ids) for ids, _ in sides)} tokens", limit)
+            continue
+        pairs.append(sides)
+    if not pairs:
+        fail(f"--{flag} {source}: no pair is left within {limit} tokens")
+    say(f"{len(pairs)} pairs from {source}, {dropped} dropped as too long")
+    return pairs
+
+
+def too_long(cfg, source, what, limit):
+    """Drop (1) or refuse a row over the limit. A hub set is what it is; a local file is yours, so you are told."""
+    if cfg.long_rows == "error" or (cfg.long_rows == "auto" and Path(source).exists()):
+        fail(f"{what}, expected at most {limit}: raise --max_prompt_tokens or pass --long_rows drop")
+    return 1
+
+
+def pad(rows, device):
+    """Lists of token ids -> (ids (n,T) right-padded with 0, lengths (n,)). Causal models never look at the padding."""
+    lengths = [len(row) for row in rows]
+    ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, :len(row)] = torch.tensor(row)
+    return ids.to(device), torch.tensor(lengths, device=device)
+
+
+def micro_batches(lengths, budget):
+    """Split rows into index lists of at most `budget` padded tokens (at least one row), longest rows first.
+
+    The longest come first so that too little memory shows at once; sorting keeps padding to a few percent.
+    """
+    batches, width = [], 0
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        if not batches or (len(batches[-1]) + 1) * width > budget:
+            batches.append([])
+            width = lengths[row]
+        batches[-1].append(row)
+    return batches
+
+
+def seed_for(*purpose):
+    """A 63-bit seed from (seed, purpose, step, row, ...): no generator state to save, no replay on resume."""
+    return int.from_bytes(hashlib.blake2b(repr(purpose).encode(), digest_size=8).digest(), "big") >> 1
+
+
+@functools.lru_cache(2)
+def permutation(count, *purpose):
+    """The order of `count` rows in one epoch."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed_for(*purpose))).tolist()
+
+
+def draw(items, seed, purpose, start, count):
+    """Items start .. start+count-1 of an endless stream of shuffled epochs."""
+    return [items[permutation(len(items), seed, purpose, i // len(items))[i % len(items)]]
+            for i in range(start, start + count)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. the reward model
+# ---------------------------------------------------------------------------------------------------------------------
+class RewardModel(nn.Module):
+    """A stock sequence classifier with one label, plus the value head V(x) on the same causal pass (section 4.1).
+
+    `model.base_model` is f_omega, `model.score` h_phi, `value_head` v_psi. Both heads are fp32 and read
+    hidden.float(), so that bf16 does not put rewards on a coarse grid with ties.
+    """
+
+    def __init__(self, model, tokenizer, value_head=None):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.model.score.float()
+        self.has_value_head = value_head is not None
+        self.value_head = nn.Linear(model.score.in_features, 1)
+        weights = value_head or {name: torch.zeros_like(p) for name, p in self.value_head.named_parameters()}
+        self.value_head.load_state_dict(weights)
+        remove_dropout(self)
+        self.eval()
+
+    @classmethod
+    def from_pretrained(cls, path, new_head=False, seed=0):
+        """Load a folder or hub name in the checkpoint's own precision; `new_head` makes a reward model of a causal LM."""
+        tokenizer = load_tokenizer(path, "rm")
+        config = AutoConfig.from_pretrained(path)
+        is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
+        if is_classifier and config.num_labels != 1:
+            fail(f"--rm {path}: it has {config.num_labels} labels, expected a reward model with 1")
+        if not is_classifier and not new_head:
+            fail(f"--rm {path}: {config.architectures} is no reward model, expected a sequence classifier with 1 label "
+                 "(--stage preference makes one of a causal language model)")
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="auto")
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            fail(f"--rm {path}: cannot be loaded as a sequence classifier ({first_line(error)})")
+        if not isinstance(getattr(model, "score", None), nn.Linear) or getattr(config, "is_encoder_decoder", False):
+            fail(f"--rm {path}: {type(model).__name__} is not a causal model with a linear `score` head, expected one: "
+                 "V is read at the end of the prompt in the same causal pass")
+        if not is_classifier:
+            generator = torch.Generator().manual_seed(seed_for(seed, "reward head"))
+            weight = torch.randn(model.score.weight.shape, generator=generator) / (model.score.in_features + 1) ** 0.5
+            model.score.weight.data = weight
+        head = Path(path) / "value_head.safetensors"
+        return cls(model, tokenizer, safetensors.torch.load_file(head) if head.is_file() else None)
+
+    def features(self, input_ids, lengths, prompt_lengths):
+        """Hidden states (N,H), fp32, at the last real token (for R) and at the last prompt token (for V)."""
+        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        return hidden[rows, lengths - 1].float(), hidden[rows, prompt_lengths - 1].float()
+
+    def reward(self, features):
+        """R from the features at the last token."""
+        return self.model.score(features).squeeze(-1)
+
+    def value(self, features):
+        """V from the features at the end of the prompt, which get no gradient: SG[omega] of Eq. 21."""
+        return self.value_head(features.detach()).squeeze(-1)
+
+    def forward(self, input_ids, lengths, prompt_lengths):
+        """input_ids (N,T) right-padded, lengths and prompt_lengths (N,) -> rewards (N,), values (N,)."""
+        last, prompt = self.features(input_ids, lengths, prompt_lengths)
+        return self.reward(last), self.value(prompt)
+
+    def save_pretrained(self, path, masters=None):
+        """A stock AutoModelForSequenceClassification folder in fp32 plus value_head.safetensors, written atomically.
+
+        `masters`: fp32 weights by name, where the working copy has less precision.
+        """
+        state_dict = {name: (masters or {}).get(name, x).detach().cpu() for name, x in self.model.state_dict().items()}
+        state_dict = {name: x.float() if x.is_floating_point() else x for name, x in state_dict.items()}
+        config, tokenizer = copy.deepcopy(self.model.config), copy.deepcopy(self.tokenizer)
+        # stock pooling reads the last token that is not the pad id: the pad id must never end a rendered chat
+        chat = encode_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}])
+        if config.pad_token_id is None or config.pad_token_id == chat[-1]:
+            config.pad_token_id = next((i for i in (tokenizer.bos_token_id, tokenizer.unk_token_id, 0)
+                                        if i is not None and i != chat[-1]), 1)
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+        config.dtype = torch.float32
+        with torch.device("meta"):
+            stock = type(self.model)(config)
+        stock.load_state_dict(state_dict, assign=True)
+        with replaced_folder(path) as folder:
+            stock.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            save_value_head(self, folder)
+
+
+def save_value_head(rm, folder):
+    """value_head.safetensors: weight (1,H) and bias (1,), fp32."""
+    state = {name: p.detach().float().cpu().contiguous() for name, p in rm.value_head.state_dict().items()}
+    safetensors.torch.save_file(state, Path(folder) / "value_head.safetensors")
+
+
+def remove_dropout(model):
+    """Set every dropout rate to 0: two passes over the same rows must give the same numbers."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or (isinstance(module, nn.Dropout) and name == "p")):
+                setattr(module, name, 0.0)
+
+
+@torch.no_grad()
+def score(rm, rows, budget):
+    """rows [(ids, prompt_length)] -> rewards (N,) and prompt features (N,H) for V, without gradients."""
+    device = rm.value_head.weight.device
+    rewards = torch.empty(len(rows), device=device)
+    features = torch.empty(len(rows), rm.value_head.in_features, device=device)
+    batches = micro_batches([len(ids) for ids, _ in rows], budget)
+    for batch in tqdm(batches, desc="score", leave=False, delay=10, disable=RANK > 0):
+        last, prompt = rm.features(*reward_inputs([rows[i] for i in batch], device))
+        rewards[batch], features[batch] = rm.reward(last), prompt
+    return rewards, features
+
+
+def reward_inputs(rows, device):
+    """[(ids, prompt_length)] -> the three arguments of RewardModel.forward."""
+    return *pad([ids for ids, _ in rows], device), torch.tensor([length for _, length in rows], device=device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. SAVE maths: pure functions of tensors
+# ---------------------------------------------------------------------------------------------------------------------
+def at_least_fp32(x):
+    """Losses are taken in fp32 or better."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def masked_mean(x, mask, dim=None):
+    """Mean of x where mask, 0 where nothing is; what the mask hides may be anything, inf and nan too."""
+    dims = tuple(range(x.dim())) if dim is None else dim
+    return torch.where(mask, x, 0).sum(dims) / mask.sum(dims).clamp(min=1)
+
+
+def curriculum_threshold(step, total_steps, m0):
+    """Eq. 14: mu(t) = (2 - p) / 2 with p = min(1 - m0 + t/T, 1); t counts from 1."""
+    return (2 - min(1 - m0 + step / total_steps, 1)) / 2
+
+
+def rm_advantages(rewards, values):
+    """Eq. 13: a = R - V. rewards (P,G), values (P,) -> (P,G)."""
+    return rewards - values[:, None]
+
+
+def partition(advantages, threshold, usable=None):
+    """Eq. 15-17. advantages (P,G) -> positive (P,G), negative (P,G), valid (P,), all bool.
+
+    Kept are rows with sigmoid(|a|) >= threshold (and `usable`); a = 0 counts as positive; a prompt is valid (in B~)
+    if it has both signs. Taken in fp64, where sigmoid(0) is exactly 1/2 and no |a| below 36 saturates.
+    """
+    keep = torch.sigmoid(advantages.double().abs()) >= threshold
+    if usable is not None:
+        keep = keep & usable
+    positive, negative = keep & (advantages >= 0), keep & (advantages < 0)
+    return positive, negative, positive.any(1) & negative.any(1)
+
+
+def bradley_terry_loss(chosen, rejected):
+    """Eq. 2 and 11: mean of -log sigmoid(R_w - R_l) over pairs. chosen, rejected (n,)."""
+    return -F.logsigmoid(at_least_fp32(chosen) - at_least_fp32(rejected)).mean()
+
+
+def contrastive_loss(rewards, values, positive, negative):
+    """Eq. 18-20, mean over valid prompts, 0 if there is none. rewards, masks (P,G); values (P,), no gradient to them.
+
+    L+ = log(e^V + sum_{Y+} e^R) - mean_{Y+} R        dL+/dR = e^R / (e^V + sum_{Y+} e^R) - 1/|Y+|
+    L- = log(e^V + sum_{Y-} e^R) - V                  dL-/dR = e^R / (e^V + sum_{Y-} e^R)
+    """
+    rewards, anchor = at_least_fp32(rewards), at_least_fp32(values.detach())
+
+    def log_sum(mask):
+        return torch.cat([anchor[:, None], rewards.masked_fill(~mask, -math.inf)], 1).logsumexp(1)
+
+    loss = log_sum(positive) - masked_mean(rewards, positive, 1) + log_sum(negative) - anchor
+    return masked_mean(loss, positive.any(1) & negative.any(1))
+
+
+def value_loss(values, rewards, usable=None):
+    """Eq. 12 and 21: mean of (V - mean_G R)^2 over prompts; the target carries no gradient.
+
+    values (P,), rewards (P,G). With `usable` (P,G) the group mean is over usable rows, and prompts without any are
+    left out of the outer mean.
+    """
+    usable = torch.ones_like(rewards, dtype=torch.bool) if usable is None else usable
+    target = masked_mean(at_least_fp32(rewards.detach()), usable, 1)
+    return masked_mean((at_least_fp32(values) - target) ** 2, usable.any(1))
+
+
+def highest_lowest_loss(rewards, usable=None):
+    """The HL-BT baseline: Eq. 2 on the highest and lowest reward of each group; exact ties give nothing. rewards (P,G)."""
+    rewards = at_least_fp32(rewards)
+    usable = torch.ones_like(rewards, dtype=torch.bool) if usable is None else usable
+    # index the two rows (amax would share the gradient among equals); groups without a usable row become a tie
+    highest = rewards.gather(1, rewards.masked_fill(~usable, -math.inf).argmax(1, keepdim=True))[:, 0]
+    lowest = rewards.gather(1, rewards.masked_fill(~usable, math.inf).argmin(1, keepdim=True))[:, 0]
+    margin = highest - lowest
+    return masked_mean(-F.logsigmoid(margin), usable.any(1) & (margin > 0))
+
+
+# --rm_update: the loss on the rewards of a batch; all but hl_bt and none also filter what the policy trains on
+RM_LOSSES = {
+    "save": lambda rewards, values, positive, negative, usable: contrastive_loss(rewards, values, positive, negative),
+    "mean_reward": lambda rewards, values, positive, negative, usable:  # the same, `anchor` gives the group mean as V
+        contrastive_loss(rewards, values, positive, negative),
+    "hl_bt": lambda rewards, values, positive, negative, usable: highest_lowest_loss(rewards, usable),
+    "none": None,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. policy maths, and the policy
+# ---------------------------------------------------------------------------------------------------------------------
+def grpo_advantages(rewards, keep):
+    """(r - mean) / (std + 1e-4) over the kept rows of each group. rewards, keep (P,G) -> (P,G).
+
+    std with Bessel's correction; 1e-4 is what everyone uses and makes a group of equal rewards 0 instead of nan.
+    0 where not kept, and in groups with fewer than two kept rows.
+    """
+    count = keep.sum(1, keepdim=True)
+    centred = rewards - masked_mean(rewards, keep, 1)[:, None]
+    variance = torch.where(keep, centred ** 2, 0).sum(1, keepdim=True) / (count - 1).clamp(min=1)
+    return torch.where(keep & (count > 1), centred / (variance.sqrt() + 1e-4), 0)
+
+
+def rloo_advantages(rewards, keep):
+    """r minus the mean of the other kept rows of its group. rewards, keep (P,G) -> (P,G); 0 as in grpo_advantages."""
+    count = keep.sum(1, keepdim=True)
+    others = torch.where(keep, rewards, 0).sum(1, keepdim=True) - rewards
+    return torch.where(keep & (count > 1), rewards - others / (count - 1).clamp(min=1), 0)
+
+
+ADVANTAGES = {"grpo": grpo_advantages, "rloo": rloo_advantages, "gspo": grpo_advantages}
+
+
+def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, algo, clip_low, clip_high, kl_coef):
+    """Clipped surrogate, mean over rows with any token. Log-probs and mask (N,T), advantages (N,) or (N,T).
+
+    grpo, reinforce++  ratio per token, mean over the row's tokens
+    gspo               one ratio per row, exp(mean of the token log-ratios); equals grpo while all ratios are 1
+    rloo               one ratio per row, exp(sum of the token log-ratios)
+    grpo and gspo add kl_coef * k3 per token, k3 = exp(ref - lp) - (ref - lp) - 1; the others have KL in the reward.
+    Returns (loss, {"kl": k3 per token, "clipped": share of tokens whose ratio is clipped}).
+    """
+    mask = mask.bool()
+    tokens = mask.sum(1, keepdim=True).clamp(min=1)
+    log_ratio = torch.where(mask, at_least_fp32(log_probs) - at_least_fp32(old_log_probs.detach()), 0)
+    if algo == "gspo":
+        log_ratio = log_ratio.sum(1, keepdim=True) / tokens
+    elif algo == "rloo":
+        log_ratio = log_ratio.sum(1, keepdim=True)
+    elif algo not in ("grpo", "reinforce++"):
+        raise ValueError(f"algo {algo!r}: expected grpo, rloo, gspo or reinforce++")
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    advantages = torch.where(mask, advantages, 0)
+    ratio = log_ratio.exp()
+    free, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    per_token = -torch.minimum(free, clipped)
+    # a masked 0 - 0 = 0 keeps whatever the padding holds out of exp
+    gap = torch.where(mask, at_least_fp32(ref_log_probs.detach()) - at_least_fp32(log_probs), 0)
+    k3 = gap.exp() - gap - 1
+    if algo in ("grpo", "gspo"):
+        per_token = per_token + kl_coef * k3
+    rows = mask.any(1)
+    stats = {"kl": masked_mean(masked_mean(k3.detach(), mask, 1), rows),
+             "clipped": masked_mean(masked_mean((clipped < free).float(), mask, 1), rows)}
+    return masked_mean(masked_mean(per_token, mask, 1), rows), stats
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward gives the log-probs of its responses, never the whole logits."""
+
+    def __init__(self, model, tokenizer):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        eos = model.generation_config.eos_token_id
+        eos = eos if isinstance(eos, list) else [eos]
+        self.eos_ids = sorted({i for i in (*eos, tokenizer.eos_token_id) if i is not None})
+        remove_dropout(self)
+        self.eval()
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """Load a folder or hub name in the checkpoint's own precision."""
+        tokenizer = load_tokenizer(path, "policy")
+        try:
+            policy = cls(AutoModelForCausalLM.from_pretrained(path, dtype="auto"), tokenizer)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            fail(f"--policy {path}: cannot be loaded as a causal language model ({first_line(error)})")
+        if not policy.eos_ids:
+            fail(f"--policy {path}: neither its generation config nor its tokenizer has an EOS token, expected one")
+        with torch.no_grad():
+            ids = torch.arange(3, 11)[None] % len(tokenizer)
+            hidden = policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            if not torch.allclose(policy.logits(hidden), policy.model(ids).logits.float(), rtol=1e-2, atol=1e-2):
+                fail(f"--policy {path}: {type(policy.model).__name__} changes its logits after the output layer in a "
+                     "way that Policy.logits does not know, expected a plain, scaled or soft-capped output layer")
+        return policy
+
+    def logits(self, hidden):
+        """Output layer with the scalings that Cohere, Granite and Gemma put behind it."""
+        config = self.model.config
+        logits = self.model.get_output_embeddings()(hidden).float()
+        logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def token_log_probs(self, hidden, targets, temperature):
+        """log pi(target) at the sampling temperature over the full vocabulary. hidden (M,H), targets (M,) -> (M,)."""
+        logits = self.logits(hidden) / temperature
+        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+
+    def forward(self, input_ids, lengths, prompt_lengths, temperature, chunk=1024):
+        """input_ids (n,T) right-padded prompt + response -> log_probs (n,R) and mask (n,R) of the response tokens.
+
+        The vocabulary is only ever expanded for `chunk` tokens at a time, in the backward pass too.
+        """
+        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        counts = lengths - prompt_lengths
+        mask = torch.arange(int(counts.max()), device=input_ids.device) < counts[:, None]
+        rows, offsets = mask.nonzero(as_tuple=True)
+        position = prompt_lengths[rows] + offsets
+        hidden, targets = hidden[rows, position - 1], input_ids[rows, position]  # the state before a token predicts it
+        pieces = [checkpoint(self.token_log_probs, h, t, temperature, use_reentrant=False)
+                  for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(pieces)), mask
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. rollout
+# ---------------------------------------------------------------------------------------------------------------------
+def sample_tokens(logits, uniforms, temperature, top_p, top_k):
+    """One token per row by inverting the cumulative distribution at `uniforms` (n,). logits (n,V) -> ids (n,).
+
+    Order as in transformers: temperature, top-k, top-p over what is left. Top-k first means 20 numbers are sorted
+    instead of the vocabulary. Temperature 0 is greedy.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_k or top_p < 1:
+        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
+    else:
+        ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
+    probs = (logits.double() / temperature).softmax(-1)
+    probs = torch.where(probs.cumsum(-1) - probs < top_p, probs, 0)  # the smallest set that reaches top_p
+    cumulative = probs.cumsum(-1)
+    pick = torch.searchsorted(cumulative, uniforms[:, None].double() * cumulative[:, -1:], right=True)
+    return ids.gather(1, pick.clamp(max=ids.shape[1] - 1))[:, 0]
+
+
+@torch.no_grad()
+def rollout(policy, prompt_ids, group, seeds, *, max_new_tokens, temperature, top_p, top_k, max_rows=0):
+    """`group` responses for each of P prompts -> P*group token lists (EOS included) and whether each one ended.
+
+    prompt_ids: P token lists; seeds: P*group ints, one for each row, so that a response depends on its own seed and
+    not on what else is in the batch; max_rows: rows decoded together, 0 for all.
+    """
+    responses, ended = [], []
+    prompts_per_wave = max(1, max_rows // group) if max_rows else len(prompt_ids)
+    for start in range(0, len(prompt_ids), prompts_per_wave):
+        stop = start + prompts_per_wave
+        tokens, done = decode(policy, prompt_ids[start:stop], group, seeds[start * group:stop * group],
+                              max_new_tokens, temperature, top_p, top_k)
+        responses += [[token for token in row if token >= 0] for row in tokens.tolist()]
+        ended += done.tolist()
+    return responses, ended
+
+
+def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
+    """One wave of rollout: prefill each prompt once, then decode all rows together. -> tokens (n,R), -1 after the end."""
+    model, device = policy.model, next(policy.parameters()).device
+    lengths = torch.tensor([len(ids) for ids in prompt_ids], device=device)
+    width = int(lengths.max())
+    ids = torch.zeros(len(prompt_ids), width, dtype=torch.long)
+    for i, prompt in enumerate(prompt_ids):  # left-padded: every row's next token goes into the same column
+        ids[i, width - len(prompt):] = torch.tensor(prompt)
+    mask = torch.arange(width + max_new_tokens, device=device) >= width - lengths[:, None]
+    cache = DynamicCache(config=model.config)
+    logits = model(input_ids=ids.to(device), attention_mask=mask[:, :width].long(), past_key_values=cache,
+                   position_ids=(mask[:, :width].cumsum(1) - 1).clamp(min=0), logits_to_keep=1).logits[:, -1]
+    cache.batch_repeat_interleave(group)
+    logits, mask, position = (x.repeat_interleave(group, 0) for x in (logits, mask, lengths))
+
+    uniforms = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed))
+                            for seed in seeds]).to(device)
+    stop_ids = torch.tensor(policy.eos_ids, device=device)
+    tokens = torch.full((len(seeds), max_new_tokens), -1, device=device)
+    ended = torch.zeros(len(seeds), dtype=torch.bool, device=device)
+    rows = torch.arange(len(seeds), device=device)  # the rows still in the batch
+    for t in tqdm(range(max_new_tokens), desc="rollout", leave=False, delay=10, disable=RANK > 0):
+        token = sample_tokens(logits, uniforms[rows, t], *sampling)
+        tokens[rows, t] = torch.where(ended[rows], -1, token)
+        ended[rows] |= torch.isin(token, stop_ids)
+        running = (~ended[rows]).nonzero()[:, 0]
+        if len(running) == 0 or t == max_new_tokens - 1:
+            break
+        if len(running) <= len(rows) * 7 // 8:  # dropping copies the cache, so not for every single row
+            cache.batch_select_indices(running)
+            rows, token, mask, position = rows[running], token[running], mask[running], position[running]
+        logits = model(input_ids=token[:, None], attention_mask=mask[:, :width + t + 1].long(), past_key_values=cache,
+                       position_ids=position[:, None], logits_to_keep=1).logits[:, -1]
+        position = position + 1
+    return tokens, ended
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. optimizer and offload
+# ---------------------------------------------------------------------------------------------------------------------
+class ShardedAdamW:
+    """AdamW on fp32 masters, whole parameters dealt to ranks (ZeRO-1); the model keeps a working copy in any precision.
+
+    The masters are torch.optim.AdamW's own parameters. A bf16 model without them would not move at lr 1e-7. Each rank
+    holds masters and moments of its parameters only: 12 bytes per parameter / WORLD. With `keep_initial` it also keeps
+    its share of the initial weights, from which `swapped` makes the reference model in the policy's own storage.
+    """
+
+    def __init__(self, model, lr, cfg, keep_initial=False):
+        self.cfg, self.device = cfg, cfg.torch_device
+        self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        load = [0] * WORLD
+        self.owner = {}
+        for name, p in sorted(self.named, key=lambda item: -item[1].numel()):  # largest first, to the emptiest rank
+            self.owner[name] = load.index(min(load))
+            load[self.owner[name]] += p.numel()
+        own = [(name, p) for name, p in self.named if self.owner[name] == RANK]
+        self.initial = {name: p.detach().to(cfg.torch_dtype, copy=True) for name, p in own} if keep_initial else {}
+        self.masters = {name: p.detach().to(self.device, torch.float32, copy=True) for name, p in own}
+        self.lr = lr
+        self.adamw = torch.optim.AdamW(self.masters.values() or [torch.zeros(1)], lr, betas=(cfg.adam_beta1, cfg.adam_beta2),
+                                       eps=cfg.adam_eps, weight_decay=cfg.weight_decay, fused=True)
+        self.to_host()
+
+    def tensors(self):
+        """Everything this rank keeps between steps."""
+        moments = [x for state in self.adamw.state.values() for x in state.values() if x.dim()]
+        return [*self.masters.values(), *moments, *self.initial.values()]
+
+    def to_host(self):
+        """Under --offload, move this rank's state to pinned host memory."""
+        if self.cfg.offload and self.cfg.on_gpu:
+            for x in self.tensors():
+                x.data = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x)
+
+    def to_device(self):
+        """Undo to_host."""
+        for x in self.tensors():
+            x.data = x.data.to(self.device, non_blocking=True)
+
+    def publish(self, source):
+        """Write `source` (this rank's masters or initial weights) into the working copy, on every rank."""
+        for name, p in self.named:
+            if self.owner[name] == RANK:
+                p.data.copy_(source[name])
+            broadcast(p.data, self.owner[name])
+
+    @contextlib.contextmanager
+    def swapped(self):
+        """Inside, the working copy holds the initial weights: the reference model, without a second one in memory."""
+        self.publish(self.initial)
+        yield
+        self.publish(self.masters)
+
+    def step(self, lr_scale=1.0):
+        """One AdamW step from p.grad (the same on every rank). Returns the gradient norm before clipping."""
+        grads = [p.grad for _, p in self.named if p.grad is not None]
+        norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).norm().item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"rank {RANK}: gradient norm is {norm}, nothing was updated")
+        scale = min(1.0, self.cfg.max_grad_norm / (norm + 1e-6)) if self.cfg.max_grad_norm else 1.0  # as torch clips
+        self.to_device()
+        for name, p in self.named:
+            if self.owner[name] == RANK and p.grad is not None:
+                self.masters[name].grad = p.grad.float() * scale
+            p.grad = None
+        self.adamw.param_groups[0]["lr"] = self.lr * lr_scale
+        self.adamw.step()
+        self.adamw.zero_grad()
+        self.publish(self.masters)
+        self.to_host()
+        return norm
+
+    def full_state(self, dtype=torch.float32):
+        """The masters of all ranks, name -> tensor in host memory, on rank 0; other ranks get {}."""
+        state = {}
+        for name, p in self.named:
+            x = self.masters[name].detach().to(self.device) if self.owner[name] == RANK else \
+                torch.empty(p.shape, device=self.device)
+            broadcast(x, self.owner[name])
+            if RANK == 0:
+                state[name] = x.to("cpu", dtype, copy=True)
+        return state
+
+    def state_dict(self):
+        """This rank's masters and moments as flat names, ready for safetensors."""
+        state = {}
+        for name, master in self.masters.items():
+            state[f"master.{name}"] = master.detach()
+            state.update({f"{key}.{name}": x for key, x in self.adamw.state[master].items()})
+        return {name: x.cpu().contiguous() for name, x in state.items()}
+
+    def load_state_dict(self, state):
+        """Take this rank's parameters out of the state dicts of all ranks, however many those were."""
+        for name, master in self.masters.items():
+            master.data.copy_(state[f"master.{name}"])
+            self.adamw.state[master] = {key: state[f"{key}.{name}"].to(self.device if key == "step" else master.device)
+                                        for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state}
+        self.publish(self.masters)
+        self.to_host()
+
+
+def to_working_copy(module, cfg):
+    """Move to the device, parameters in --dtype. Buffers keep theirs: rotary frequencies in bf16 would be wrong.
+
+    Call after ShardedAdamW took its masters. The two fp32 heads of a reward model stay as they are.
+    """
+    heads = {id(p) for head in ("value_head", "model.score") if isinstance(module, RewardModel)
+             for p in module.get_submodule(head).parameters()}
+    for p in module.parameters():
+        p.data = p.data.to(cfg.torch_device, p.dtype if id(p) in heads else cfg.torch_dtype)
+    return module.to(cfg.torch_device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10. the three steps of Algorithm 2
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Run:
+    """What a stage works with, and what a checkpoint holds."""
+    cfg: Config
+    log: "Log"
+    rm: RewardModel = None
+    policy: Policy = None
+    optimizers: dict = dataclasses.field(default_factory=dict)  # of "rm", "value" and "policy" those that are trained
+    total_steps: int = 0
+
+    def lr_scale(self, step):
+        """Learning-rate factor of step 1 .. T."""
+        return 1 - (step - 1) / self.total_steps if self.cfg.lr_schedule == "linear" else 1.0
+
+
+@dataclasses.dataclass
+class Batch:
+    """One step's responses. (P,G) tensors cover all ranks; lists cover this rank's rows, prompt by prompt."""
+    step: int
+    prompts: list                    # (messages, policy ids) of this rank's prompts
+    responses: list                  # token ids, EOS included
+    texts: list                      # the same, decoded
+    rows: list                       # (ids, prompt_length) in the reward model's tokens
+    lengths: torch.Tensor            # (P,G) response tokens
+    ended: torch.Tensor              # (P,G) bool: stopped by EOS, not by --max_new_tokens
+    usable: torch.Tensor             # (P,G) bool: ended, and short enough for the reward model's update
+    rewards: torch.Tensor = None     # (P,G)
+    features: torch.Tensor = None    # (P,H) at the end of the prompt, for V
+
+
+def sample(run, prompts, group, step, purpose="rollout"):
+    """Draw `group` responses for each of this rank's share of `prompts` and put them into the reward model's words."""
+    cfg, own = run.cfg, mine(prompts)
+    seeds = [seed_for(cfg.seed, purpose, step, p, g) for p in mine(range(len(prompts))) for g in range(group)]
+    responses, ended = rollout(run.policy, [ids for _, ids in own], group, seeds, **cfg.sampling)
+    texts = run.policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    # the policy's tokens mean nothing to the reward model: decode, apply its template, tokenize with its tokenizer
+    rows = [row for i, (messages, _) in enumerate(own)
+            for row in encode_responses(run.rm.tokenizer, messages, texts[i * group:(i + 1) * group])]
+    short = [len(ids) - length <= cfg.max_new_tokens + 32 for ids, length in rows]  # 32: the template's own tokens
+    context = getattr(run.rm.model.config, "max_position_embeddings", None) or sys.maxsize
+    rows = [(ids[:context], min(length, context)) for ids, length in rows]
+
+    def table(values):
+        return gather(torch.tensor(values, device=cfg.torch_device).view(len(own), group))
+
+    ended = table(ended)
+    return Batch(step, own, responses, texts, rows, table([len(ids) for ids in responses]), ended, ended & table(short))
+
+
+def score_batch(run, batch):
+    """Fill in R and the features that V is read from, for all ranks."""
+    with run.log.time("score"):
+        rewards, features = score(run.rm, batch.rows, run.cfg.token_budget)
+        group = batch.lengths.shape[1]
+        if not rewards.isfinite().all():
+            run.log.dump(batch, rewards)
+            raise FloatingPointError(f"step {batch.step} rank {RANK}: a reward is not finite")
+        batch.rewards = gather(rewards.view(-1, group))
+        batch.features = gather(features.view(-1, group, features.shape[1])[:, 0])  # one V per prompt, from its first row
+
+
+@torch.no_grad()
+def anchor(run, batch):
+    """V (P,): the value head's, or for the Mean Reward baseline the group mean."""
+    if run.cfg.rm_update == "mean_reward":
+        return masked_mean(batch.rewards, batch.usable, 1)
+    return run.rm.value(batch.features)
+
+
+def filtered(run, batch, usable=None):
+    """Step 1, Eq. 13-17: positive, negative (P,G), valid (P,). Updates without an anchor keep every response."""
+    if run.cfg.rm_update in ("hl_bt", "none"):
+        everything = torch.ones_like(batch.ended) if usable is None else usable
+        return everything, torch.zeros_like(everything), everything.any(1)
+    threshold = curriculum_threshold(batch.step, run.total_steps, run.cfg.m0)
+    return partition(rm_advantages(batch.rewards, anchor(run, batch)), threshold, usable)
+
+
+def reward_model_step(run, batch, positive, negative):
+    """Step 2, Eq. 18-20: one step on backbone and reward head. True if there was anything to learn from.
+
+    The loss needs all rewards of a group at once, memory holds only a few rows. But the scoring pass already has the
+    rewards: take dL/dR on those (P,G) numbers, then back-propagate sum(R * dL/dR) in any micro-batches. Exact, and rows
+    whose dL/dR is 0 (filtered, one-sided prompts) cost nothing.
+    """
+    rewards = batch.rewards.clone().requires_grad_()
+    loss = RM_LOSSES[run.cfg.rm_update](rewards, anchor(run, batch), positive, negative, batch.usable)
+    weights = torch.autograd.grad(loss, rewards)[0]
+    run.log.put({"rm/loss": loss.item()})
+    if not weights.any():
+        return False
+    own = mine(weights).flatten()
+    rows = own.nonzero()[:, 0].tolist() or [0]  # a rank with nothing to train on takes part with weight 0
+
+    def micro_loss(model, index):
+        index = [rows[i] for i in index]
+        return (model(*reward_inputs([batch.rows[i] for i in index], own.device))[0] * own[index]).sum()
+
+    with run.log.time("rm_update"), frozen(run.rm.value_head):
+        accumulate(run.rm, micro_batches([len(batch.rows[i][0]) for i in rows], run.cfg.token_budget), micro_loss,
+                   run.cfg.recompute)
+        run.log.put({"rm/grad_norm": run.optimizers["rm"].step(run.lr_scale(batch.step))})
+    return True
+
+
+@contextlib.contextmanager
+def frozen(module):
+    """DDP waits for the gradient of every parameter that requires one: take the value head out while L_R trains."""
+    module.requires_grad_(False)
+    yield
+    module.requires_grad_(True)
+
+
+def value_step(run, rewards, features, usable, lr_scale=1.0):
+    """Eq. 12 and 21: one step on the value head, from features that carry no gradient. Returns the loss before it.
+
+    Every rank has all (P,H) features and takes the same step, so there is nothing to exchange.
+    """
+    loss = value_loss(run.rm.value(features), rewards, usable)
+    (run.cfg.value_coef * loss).backward()
+    run.optimizers["value"].step(lr_scale)
+    return loss.item()
+
+
+@torch.no_grad()
+def response_log_probs(run, batch, rows):
+    """Log-probs of this rank's `rows` under the working copy -> (N/W, R), 0 elsewhere."""
+    result = torch.zeros(len(batch.responses), int(batch.lengths.max()), device=run.cfg.torch_device)
+    sequences = [batch.prompts[i // batch.lengths.shape[1]][1] + batch.responses[i] for i in range(len(batch.responses))]
+    for index in micro_batches([len(sequences[i]) for i in rows], run.cfg.token_budget):
+        index = [rows[i] for i in index]
+        log_probs, _ = run.policy(*policy_inputs(run, batch, index))
+        result[index, :log_probs.shape[1]] = log_probs
+    return result
+
+
+def policy_inputs(run, batch, index):
+    """Arguments of Policy.forward for some of this rank's rows."""
+    prompts = [batch.prompts[i // batch.lengths.shape[1]][1] for i in index]
+    ids, lengths = pad([prompt + batch.responses[i] for prompt, i in zip(prompts, index)], run.cfg.torch_device)
+    return ids, lengths, torch.tensor([len(prompt) for prompt in prompts], device=ids.device), run.cfg.temperature
+
+
+def policy_step(run, batch, keep, valid):
+    """Step 3: GRPO, RLOO or GSPO on the survivors `keep` (P,G) with the improved reward model's rewards."""
+    cfg, group = run.cfg, keep.shape[1]
+    trained = keep & (keep.sum(1, keepdim=True) >= 2)  # a single survivor has nothing to be compared with
+    if cfg.policy_requires_both_signs:
+        trained = trained & valid[:, None]
+    if not trained.any():
+        return
+    rows = mine(trained).flatten().nonzero()[:, 0].tolist()
+    old = reference = None
+    with run.log.time("log_probs"):
+        if cfg.num_minibatches > 1 or cfg.algo == "rloo":
+            old = response_log_probs(run, batch, rows)
+        if cfg.kl_coef:
+            with run.optimizers["policy"].swapped():
+                reference = response_log_probs(run, batch, rows)
+    rewards = batch.rewards
+    if cfg.algo == "rloo" and cfg.kl_coef:  # k1 of the whole sequence, in the reward
+        rewards = rewards - cfg.kl_coef * gather((old - reference).sum(1).view(-1, group))
+    advantages = ADVANTAGES[cfg.algo](rewards, trained if cfg.adv_group == "survivors" else torch.ones_like(keep))
+    own_advantages, own_trained = mine(advantages).flatten(), mine(trained).flatten()
+    sums = torch.zeros(3)
+
+    def micro_loss(model, index, rows, denominator):
+        index = [rows[i] for i in index]
+        log_probs, mask = model(*policy_inputs(run, batch, index))
+        width = log_probs.shape[1]
+        loss, stats = policy_loss(
+            log_probs, log_probs if old is None else old[index, :width],
+            log_probs if reference is None else reference[index, :width], own_advantages[index], mask,
+            algo=cfg.algo, clip_low=cfg.clip[0], clip_high=cfg.clip[1], kl_coef=cfg.kl_coef)
+        weight = own_trained[index].sum().item() / denominator  # 0 for a rank that only takes part
+        sums.add_(torch.tensor([loss.item(), stats["kl"].item(), stats["clipped"].item()]) * weight)
+        return loss * weight
+
+    with run.log.time("policy_update"):
+        for part in torch.arange(len(keep)).chunk(cfg.num_minibatches):  # by prompt, in the global order
+            denominator = int(trained[part].sum())
+            if denominator == 0:
+                continue
+            own = [i for i in rows if RANK + WORLD * (i // group) in part] or [0]
+            lengths = [len(batch.prompts[i // group][1]) + len(batch.responses[i]) for i in own]
+            accumulate(run.policy, micro_batches(lengths, cfg.token_budget),
+                       functools.partial(micro_loss, rows=own, denominator=denominator), cfg.recompute)
+            run.log.put({"policy/grad_norm": run.optimizers["policy"].step(run.lr_scale(batch.step))})
+    loss, kl, clipped = (x / cfg.num_minibatches for x in total(*sums))
+    run.log.put({"policy/loss": loss, "policy/kl": kl, "policy/clipped": clipped})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 11. files: atomic folders and checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def replaced_folder(path):
+    """Write into a temporary folder beside `path`, then put it in its place: a kill leaves the old or the new one."""
+    path = Path(path)
+    temporary, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("new", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    for file in temporary.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(temporary, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+RESUME_MAY_CHANGE = {"out", "resume", "save_every", "keep", "eval_every", "show_every", "heldout", "tensorboard", "wandb",
+                     "device", "offload", "checkpointing", "micro_tokens", "max_rows"}
+
+
+def checkpoints(out):
+    """Complete checkpoints under --out, oldest first."""
+    return sorted(path for path in Path(out, "checkpoints").glob("step_*") if (path / "state.json").is_file())
+
+
+def save_checkpoint(run, step):
+    """checkpoints/step_000123: one safetensors file per rank, then state.json, then the rename that makes it count."""
+    root = Path(run.cfg.out, "checkpoints")
+    folder, temporary = root / f"step_{step:06d}", root / f".step_{step:06d}.new"
+    if RANK == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
+    state = {f"{name}.{key}": x for name, optimizer in run.optimizers.items() for key, x in optimizer.state_dict().items()}
+    file = temporary / f"rank_{RANK:05d}.safetensors"
+    safetensors.torch.save_file(state, file)
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())
+    barrier()
+    if RANK == 0:
+        write_json(temporary / "state.json", {"step": step, "config": dataclasses.asdict(run.cfg), **versions()})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        for old in checkpoints(run.cfg.out)[:-run.cfg.keep]:
+            shutil.rmtree(old)
+    barrier()
+
+
+def load_checkpoint(run):
+    """Continue from the newest complete checkpoint of the same configuration. Returns its step, 0 if there is none."""
+    found = checkpoints(run.cfg.out)
+    if not (run.cfg.resume and found):
+        return 0
+    saved, now = json.loads((found[-1] / "state.json").read_text()), dataclasses.asdict(run.cfg)
+    changed = [f"--{name} was {saved['config'].get(name)!r}, is {now[name]!r}" for name in now
+               if name not in RESUME_MAY_CHANGE and saved["config"].get(name) != now[name]]
+    if changed:
+        fail(f"--resume: {found[-1]} belongs to another configuration: {'; '.join(changed)}")
+    shards = [safetensors.safe_open(file, "pt") for file in sorted(found[-1].glob("rank_*.safetensors"))]
+    where = {key: shard for shard in shards for key in shard.keys()}
+    for name, optimizer in run.optimizers.items():
+        optimizer.load_state_dict(LazyState(where, name))
+    say(f"resumed from {found[-1]}")
+    return saved["step"]
+
+
+class LazyState:
+    """Tensors of one optimizer, read from the shards when asked for: no rank ever holds another's state."""
+
+    def __init__(self, where, prefix):
+        self.where, self.prefix = where, prefix
+
+    def __contains__(self, key):
+        return f"{self.prefix}.{key}" in self.where
+
+    def __getitem__(self, key):
+        return self.where[f"{self.prefix}.{key}"].get_tensor(f"{self.prefix}.{key}")
+
+
+def write_json(path, value):
+    """Write and flush to disk."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save_models(run):
+    """rm/ in fp32 from the masters, policy/ in the working precision, both stock Hugging Face folders."""
+    out = Path(run.cfg.out)
+    if "rm" in run.optimizers or "value" in run.optimizers:
+        masters = run.optimizers["rm"].full_state() if "rm" in run.optimizers else None
+        if RANK == 0:
+            run.rm.save_pretrained(out / "rm", masters)
+        say(f"reward model: {out / 'rm'}")
+    if "policy" in run.optimizers and RANK == 0:
+        with replaced_folder(out / "policy") as folder:
+            run.policy.model.save_pretrained(folder)
+            run.policy.tokenizer.save_pretrained(folder)
+        say(f"policy: {out / 'policy'}")
+    barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 12. logging
+# ---------------------------------------------------------------------------------------------------------------------
+def say(*words):
+    """Print on rank 0, without breaking a progress bar."""
+    if RANK == 0:
+        tqdm.write(" ".join(str(word) for word in words))
+
+
+def versions():
+    """What made this run."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "world": WORLD, "sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+
+
+class Log:
+    """metrics.jsonl (first record: configuration and versions), samples.jsonl, one console line a step."""
+
+    def __init__(self, cfg):
+        self.cfg, self.record, self.seconds, self.memory, self.reference = cfg, {}, {}, {}, {}
+        self.warned, self.board, self.wandb = set(), None, None
+        if RANK > 0:
+            return
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        if cfg.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(cfg.out)
+        if cfg.wandb:
+            import wandb
+            self.wandb = wandb.init(project="save", config=dataclasses.asdict(cfg))
+        self.append("metrics.jsonl", {"config": dataclasses.asdict(cfg), **versions()})
+
+    def append(self, name, *records):
+        """Add JSON lines to a file under --out."""
+        with open(Path(self.cfg.out, name), "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+    def put(self, values):
+        """Add numbers to the record of the current step."""
+        self.record.update(values)
+
+    @contextlib.contextmanager
+    def time(self, phase):
+        """Add up the seconds of a phase, and note its peak memory on a GPU."""
+        gpu, start = self.cfg.on_gpu, time.perf_counter()
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        yield
+        if gpu:
+            torch.cuda.synchronize()
+            self.memory[phase] = max(self.memory.get(phase, 0), torch.cuda.max_memory_allocated() / 1e9)
+        self.seconds[phase] = self.seconds.get(phase, 0) + time.perf_counter() - start
+
+    def write(self, step, **labels):
+        """Close the record of a step: add times and memory, write it to disk and to the boards. Returns it."""
+        seconds = {f"seconds/{phase}": round(value, 3) for phase, value in self.seconds.items()}
+        memory = {f"memory_gb/{phase}": round(value, 2) for phase, value in self.memory.items()}
+        # ru_maxrss is in KiB on Linux, bytes on macOS
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e9 / 1024)
+        record = {"step": step, **labels, **self.record, **seconds, **memory, "memory_gb/host": round(host, 2)}
+        self.record, self.seconds, self.memory = {}, {}, {}
+        if RANK == 0:
+            self.append("metrics.jsonl", record)
+            numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
+            if self.board:
+                for name, value in numbers.items():
+                    self.board.add_scalar(name, value, step)
+            if self.wandb:
+                self.wandb.log(numbers, step=step)
+        return record
+
+    def dump(self, batch, rewards):
+        """Keep the rows of a batch that holds a non-finite number."""
+        rows = [{"step": batch.step, "rank": RANK, "response": batch.texts[i], "reward": repr(rewards[i].item())}
+                for i in range(len(batch.texts)) if not rewards[i].isfinite()]
+        Path(self.cfg.out, f"nonfinite_rank_{RANK}.json").write_text(json.dumps(rows, indent=1))
+
+
+def record_scores(run, batch, positive, negative, valid):
+    """The numbers that say what the filter did and whether the anchor is any good, over all ranks."""
+    rewards, usable = batch.rewards, batch.usable
+    spread = rewards.std(1).mean().item() if rewards.shape[1] > 1 else 0.0
+    run.log.put({"reward/mean": rewards.mean().item(), "reward/spread": spread,
+                 "kept": (positive | negative).float().mean().item(), "valid": valid.float().mean().item(),
+                 "truncated": 1 - batch.ended.float().mean().item(), "usable": usable.float().mean().item(),
+                 "tokens/response": batch.lengths.float().mean().item()})
+    if run.cfg.rm_update == "save":
+        bias = anchor(run, batch) - masked_mean(rewards, usable, 1)
+        run.log.put({"threshold": curriculum_threshold(batch.step, run.total_steps, run.cfg.m0),
+                     "positive": positive.float().mean().item(), "value/bias": bias.mean().item(),
+                     "value/rmse": bias.square().mean().sqrt().item()})
+
+
+def record_samples(run, batch, values, positive, negative):
+    """Append this step's responses to samples.jsonl and now and then print two of them. Rank 0's own rows."""
+    if RANK > 0:
+        return
+    group, rows = batch.lengths.shape[1], []
+    rewards, side = mine(batch.rewards), mine(positive.int() - negative.int())
+    for i, text in enumerate(batch.texts):
+        p, g = divmod(i, group)
+        rows.append({"step": batch.step, "prompt": batch.prompts[p][0], "response": text,
+                     "reward": rewards[p, g].item(), "value": None if values is None else mine(values)[p].item(),
+                     "side": ("-", "", "+")[side[p, g].item() + 1], "kept": bool(side[p, g]),
+                     "truncated": not mine(batch.ended)[p, g].item()})
+    run.log.append("samples.jsonl", *rows)
+    if run.cfg.show_every and (batch.step - 1) % run.cfg.show_every == 0:
+        for row in (max(rows, key=lambda row: row["reward"]), min(rows, key=lambda row: row["reward"])):
+            say(f"  {row['prompt'][-1]['content'][-80:]!r} -> {row['response'][:160]!r}  R {row['reward']:.3f}")
+
+
+def health(run, record):
+    """One line for each way in which a run does nothing or drifts; said when it begins."""
+    start = run.log.reference.setdefault("spread", record["reward/spread"])
+    checks = {
+        "nothing is kept: every |R - V| is below the threshold; lower --m0, or fit the value head (--stage value)":
+            record["kept"] == 0,
+        "no prompt has both signs: the reward model learns nothing; raise --group or fit the value head again":
+            record["kept"] > 0 and record["valid"] == 0 and run.cfg.rm_update in ("save", "mean_reward"),
+        "more than half of the responses are truncated: raise --max_new_tokens": record["truncated"] > 0.5,
+        "all rewards of each group are equal: nothing to learn from": record["reward/spread"] == 0,
+        "the reward model did not change: raise --lr_rm or use --dtype float32": record.get("rm/shift") == 0,
+        "reward spread is below half of its start: L_R deflates rewards at this speed; lower --lr_rm":
+            record["reward/spread"] < start / 2,
+    }
+    failing = {text for text, found in checks.items() if found}
+    for text in sorted(failing - run.log.warned):
+        say(f"  health: step {record['step']}: {text}")
+    run.log.warned = failing
+    return sorted(failing)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 13. stages
+# ---------------------------------------------------------------------------------------------------------------------
+def heldout_accuracy(run, heldout):
+    """Share of pairs with R(chosen) > R(rejected), in percent, for each --heldout file; a tie counts as wrong."""
+    result = {}
+    for name, pairs in heldout.items():
+        own = mine(pairs)
+        rewards, _ = score(run.rm, [side for pair in own for side in pair], run.cfg.token_budget) if own else (None, None)
+        correct = (rewards[0::2] > rewards[1::2]).sum().item() if own else 0
+        result[name] = 100 * total(correct)[0] / len(pairs)
+    if result:
+        say("RM accuracy: " + "  ".join(f"{name} {value:.2f}" for name, value in result.items()))
+    return {f"accuracy/{name}": value for name, value in result.items()}
+
+
+def each_step(run, heldout, stage):
+    """Yield the steps of a stage; around them resume, log, evaluate and save."""
+    first = load_checkpoint(run) + 1
+    if first == 1:
+        run.log.put(heldout_accuracy(run, heldout))
+        run.log.write(0, stage=stage)
+    for step in tqdm(range(first, run.total_steps + 1), initial=first - 1, total=run.total_steps, desc=stage,
+                     disable=RANK > 0):
+        start = time.perf_counter()
+        yield step
+        run.log.put({"seconds/step": round(time.perf_counter() - start, 3)})
+        if step == run.total_steps or (run.cfg.eval_every and step % run.cfg.eval_every == 0):
+            run.log.put(heldout_accuracy(run, heldout))
+        yield_record = run.log.write(step, stage=stage)
+        say(console_line(yield_record, run.total_steps))
+        if run.cfg.save_every and step % run.cfg.save_every == 0:
+            save_checkpoint(run, step)
+
+
+def console_line(record, steps):
+    """The step in one line: what is in the record, in this order."""
+    shown = {"loss": "rm/loss", "acc": "rm/accuracy", "R": "reward/mean", "spread": "reward/spread", "V-R": "value/bias",
+             "kept": "kept", "valid": "valid", "trunc": "truncated", "shift": "rm/shift", "kl": "policy/kl",
+             "tok/s": "tokens/second", "s": "seconds/step"}
+    return f"step {record['step']}/{steps}  " + "  ".join(f"{label} {record[name]:.4g}" for label, name in shown.items()
+                                                         if name in record)
+
+
+def preference_stage(run, pairs, heldout):
+    """Stage 1, Eq. 11: Bradley-Terry on chosen and rejected."""
+    cfg = run.cfg
+    run.optimizers = {"rm": ShardedAdamW(run.rm.model, cfg.lr_rm, cfg)}
+    to_working_copy(run.rm, cfg)
+
+    def micro_loss(model, index):
+        rewards = model(*reward_inputs([side for i in index for side in batch[i]], cfg.torch_device))[0]
+        correct.append((rewards[0::2] > rewards[1::2]).sum().item())
+        loss = bradley_terry_loss(rewards[0::2], rewards[1::2]) * len(index) / cfg.batch
+        losses.append(loss.item())
+        return loss
+
+    for step in each_step(run, heldout, "preference"):
+        batch = mine(draw(pairs, cfg.seed, "pairs", (step - 1) * cfg.batch, cfg.batch))
+        correct, losses = [], []
+        lengths = [2 * max(len(ids) for ids, _ in pair) for pair in batch]
+        with run.log.time("rm_update"), frozen(run.rm.value_head):
+            accumulate(run.rm, micro_batches(lengths, cfg.token_budget), micro_loss, cfg.recompute)
+            norm = run.optimizers["rm"].step(run.lr_scale(step))
+        loss, right = total(sum(losses), sum(correct))
+        run.log.put({"rm/loss": loss, "rm/accuracy": right / cfg.batch, "rm/grad_norm": norm})
+    save_models(run)
+
+
+def value_stage(run, prompts):
+    """Stage 2, Eq. 12: fit V to the mean reward of K responses of the sampling policy; the reward model is frozen.
+
+    Each prompt is sampled and scored once; rewards and features are kept, so further epochs cost nothing.
+    """
+    cfg = run.cfg
+    count = cfg.value_prompts or min(len(prompts), cfg.batch * run.total_steps)
+    count = max(1, count // cfg.batch) * cfg.batch  # whole batches: every rank has the same number of prompts
+    chosen = draw(prompts, cfg.seed, "value prompts", 0, count)
+    rewards, features, usable = [], [], []
+    for start in tqdm(range(0, count, cfg.batch), desc="value: sample and score", disable=RANK > 0):
+        with run.log.time("rollout"):
+            batch = sample(run, chosen[start:start + cfg.batch], cfg.value_k, start, "value")
+        score_batch(run, batch)
+        rewards.append(batch.rewards)
+        features.append(batch.features)
+        usable.append(torch.ones_like(batch.usable) if cfg.v_full_group else batch.usable)
+    rewards, features, usable = torch.cat(rewards), torch.cat(features), torch.cat(usable)
+    run.optimizers = {"value": ShardedAdamW(run.rm.value_head, cfg.value_lr, cfg)}
+    losses = [value_step(run, rewards[part], features[part], usable[part])
+              for _ in range(cfg.value_epochs) for part in torch.arange(count).split(cfg.value_batch)]
+    run.rm.has_value_head = True
+    with torch.no_grad():
+        values, targets = run.rm.value(features), masked_mean(rewards, usable, 1)
+        fitted = value_loss(values, rewards, usable).item()
+        unfitted = masked_mean((targets - masked_mean(targets, usable.any(1))) ** 2, usable.any(1)).item()
+    run.log.put({"value/loss_first": losses[0], "value/loss_fitted": fitted, "value/target_variance": unfitted,
+                 "value/explained": 1 - fitted / unfitted if unfitted else 0.0})
+    record = run.log.write(0, stage="value")
+    say(f"value head: {count} prompts x {cfg.value_k}, mean squared error {fitted:.4g}, it explains "
+        f"{100 * record['value/explained']:.1f} % of the variance {unfitted:.4g} of the group means (fitted prompts)")
+    if RANK == 0:  # a resumed run finds it here
+        with replaced_folder(Path(cfg.out, "value_head")) as folder:
+            save_value_head(run.rm, folder)
+
+
+def save_step(run, step, prompts):
+    """Algorithm 2, lines 2 to 17. `prompts`: this step's, for all ranks."""
+    cfg, log = run.cfg, run.log
+    with log.time("rollout"):
+        batch = sample(run, prompts, cfg.group, step)
+    score_batch(run, batch)
+    positive, negative, valid = filtered(run, batch, batch.usable)  # step 1
+    values = anchor(run, batch) if cfg.rm_update in ("save", "mean_reward") else None
+    record_scores(run, batch, positive, negative, valid)
+    record_samples(run, batch, values, positive, negative)
+    log.put({"tokens/second": batch.lengths.sum().item() / log.seconds["rollout"]})
+
+    if cfg.rm_update != "none":  # step 2
+        before = batch.rewards
+        if reward_model_step(run, batch, positive, negative):
+            score_batch(run, batch)
+            log.put({"rm/shift": (batch.rewards - before).abs().mean().item()})
+        if cfg.rm_update == "save":
+            usable = None if cfg.v_full_group else batch.usable
+            log.put({"value/loss": value_step(run, batch.rewards, batch.features, usable, run.lr_scale(step))})
+
+    positive, negative, valid = filtered(run, batch, batch.usable if cfg.mask_truncated else None)  # step 3
+    log.put({"survivors": (positive | negative).float().mean().item()})
+    policy_step(run, batch, positive | negative, valid)
+    log.put({"health": health(run, {"step": step, **log.record})})
+
+
+def save_stage(run, prompts, heldout):
+    """Algorithm 2: the reward model and the policy train each other for T steps."""
+    for step in each_step(run, heldout, "save"):
+        save_step(run, step, draw(prompts, run.cfg.seed, "prompts", (step - 1) * run.cfg.batch, run.cfg.batch))
+    save_models(run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 14. main
+# ---------------------------------------------------------------------------------------------------------------------
+def main(argv=None):
+    """Parse, check, load, run. Bad input: one line on stderr and exit code 2, before anything is written."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        cfg = parse_config(argv)
+        cfg.check()
+        start_ranks(cfg.torch_device)
+        train(cfg)
+    except UsageError as error:
+        if RANK == 0:
+            print(f"save.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if WORLD > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(cfg):
+    """Read all input before writing any output, then run the stages asked for."""
+    preference = cfg.stage == "preference"
+    cfg = dataclasses.replace(cfg, lr_rm=cfg.lr_rm if cfg.lr_rm is not None else 1e-5 if preference else 1e-7)
+    if checkpoints(cfg.out) and not cfg.resume:
+        fail(f"--out {cfg.out}: it holds checkpoints of an earlier run; --resume continues it, another --out starts anew")
+    rm_tokenizer = load_tokenizer(cfg.rm, "rm")
+    heldout = {name_of(file): read_pairs(cfg, file, "heldout", rm_tokenizer) for file in cfg.heldout}
+    run = Run(cfg, None)
+    if preference:
+        pairs = read_pairs(cfg, cfg.pairs, "pairs", rm_tokenizer)
+        run.rm = one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm, new_head=True, seed=cfg.seed))
+        run.total_steps = cfg.steps or max(1, len(pairs) * cfg.epochs // cfg.batch)
+        run.log = Log(cfg)
+        return preference_stage(run, pairs, heldout)
+
+    prompts = read_prompts(cfg, load_tokenizer(cfg.policy, "policy"))
+    run.rm = one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm))
+    run.policy = one_rank_at_a_time(lambda: Policy.from_pretrained(cfg.policy))
+    run.total_steps = cfg.steps or 320
+    check_context(cfg, run)
+    kept = Path(cfg.out, "value_head", "value_head.safetensors")
+    if cfg.resume and kept.is_file():
+        run.rm.value_head.load_state_dict(safetensors.torch.load_file(kept))
+        run.rm.has_value_head = True
+    needs_anchor = cfg.rm_update == "save" and not run.rm.has_value_head
+    if cfg.stage == "save" and needs_anchor:
+        fail(f"--rm {cfg.rm}: it holds no value_head.safetensors; run --stage value first, or leave --stage out")
+    run.log = Log(cfg)
+    # masters first: they are taken in the checkpoint's precision, before the working copy is rounded to --dtype
+    optimizers = {} if cfg.stage == "value" else {"policy": ShardedAdamW(run.policy.model, cfg.lr_policy, cfg,
+                                                                        keep_initial=cfg.kl_coef > 0)}
+    if cfg.rm_update != "none" and cfg.stage != "value":
+        optimizers["rm"] = ShardedAdamW(run.rm.model, cfg.lr_rm, cfg)
+    to_working_copy(run.rm, cfg)
+    to_working_copy(run.policy, cfg)
+    if cfg.stage == "value" or needs_anchor:
+        value_stage(run, prompts)
+    if cfg.stage == "value":
+        return save_models(run)
+    if cfg.rm_update == "save":
+        optimizers["value"] = ShardedAdamW(run.rm.value_head, cfg.lr_value, cfg)
+    run.optimizers = optimizers
+    save_stage(run, prompts, heldout)
+
+
+def name_of(source):
+    """data/heldout_id.jsonl.gz -> heldout_id."""
+    return re.sub(r"(\.jsonl?)?(\.gz)?$", "", Path(source).name)
+
+
+def check_context(cfg, run):
+    """A prompt and the longest response must fit both models."""
+    for flag, model in (("policy", run.policy.model), ("rm", run.rm.model)):
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit and cfg.max_prompt_tokens + cfg.max_new_tokens > limit:
+            fail(f"--max_prompt_tokens {cfg.max_prompt_tokens} and --max_new_tokens {cfg.max_new_tokens}: expected at most "
+                 f"{limit} together, the context of --{flag} {getattr(cfg, flag)}")
+
+
+if __name__ == "__main__":
+    main()
