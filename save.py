@@ -56,32 +56,27 @@ from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           DynamicCache)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. configuration
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- 2. configuration -----------------------------------------------------------------------------------------------
 
 class UsageError(Exception):
     """Bad input. Printed as one line, exit code 2, before anything is written."""
-
 
 def fail(message):
     """Stop with one clear line: name the flag, the file and the row, and say what was expected."""
     raise UsageError(" ".join(str(message).split()))
 
-
 @dataclasses.dataclass
 class Config:
     """Every knob, as a flag of the same name. "Table 8" marks the paper's value."""
     # what to run, on what
-    stage: str = ""                  # preference | value | save; empty: value (unless the RM has a value head), then save
+    stage: str = ""                  # preference | value | save; empty: value (if the RM has no value head), then save
     algo: str = "grpo"               # grpo | rloo | gspo
     rm_update: str = "save"          # save | hl_bt | mean_reward | none (frozen reward model: plain RL, no filter)
-    policy: str = "Qwen/Qwen3-4B-Instruct-2507"                         # hub name or folder, a causal language model
-    rm: str = "Skywork/Skywork-Reward-V2-Llama-3.2-3B"                  # hub name or folder, sequence classifier, 1 label
-    prompts: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # .json, .jsonl, .gz file or hub name[:split]
-    pairs: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"    # the same, with chosen and rejected
-    heldout: list = dataclasses.field(default_factory=list)             # pair files: RM accuracy at start, in between, end
+    policy: str = "Qwen/Qwen3-4B-Instruct-2507"                           # folder or hub name, causal LM
+    rm: str = "Skywork/Skywork-Reward-V2-Llama-3.2-3B"                    # the same, sequence classifier, 1 label
+    prompts: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"    # .json, .jsonl(.gz) or hub name[:split]
+    pairs: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"      # the same, with chosen and rejected
+    heldout: list = dataclasses.field(default_factory=list)               # pair files to log the RM's accuracy on
     out: str = "out"                 # folder for rm/, policy/, metrics.jsonl, samples.jsonl, checkpoints/
     # the method
     steps: int = None                # T; none: 320 (Table 8), or `epochs` passes over the pairs in stage preference
@@ -113,21 +108,17 @@ class Config:
     mask_truncated: bool = False     # leave truncated responses out of the policy update too
     v_full_group: bool = False       # let truncated responses into the value target (Eq. 21 to the letter)
     lr_schedule: str = "constant"    # constant | linear (to 0), for all learning rates of a stage
-    adam_beta1: float = 0.9          # AdamW
-    adam_beta2: float = 0.999        # AdamW
-    adam_eps: float = 1e-8           # AdamW
-    weight_decay: float = 0.0        # AdamW
     max_grad_norm: float = 1.0       # per optimizer; 0: no clipping
     # data limits
     max_prompt_tokens: int = 1024    # longest prompt, template included, in policy tokens
     max_response_tokens: int = 1024  # prompt sets with chosen and rejected: drop prompts with a longer one (F.1)
-    long_rows: str = "auto"          # error | drop: what to do with a longer prompt; auto: error for files, drop for hubs
+    long_rows: str = "auto"          # auto | error | drop rows over a limit; auto: error for files, drop for hub sets
     # machine
-    dtype: str = "auto"              # float32 | bfloat16 working copies (masters are fp32); auto: bfloat16 on a GPU
+    dtype: str = "auto"              # auto | float32 | bfloat16 working copy (masters: fp32); auto: bfloat16 on GPUs
     device: str = "auto"             # auto | cpu | cuda
-    offload: bool = False            # keep optimizer shards in pinned host memory between steps
+    offload: bool = False            # keep masters and moments in host memory and step there, as ZeRO-offload does
     checkpointing: bool = None       # recompute activations in the backward pass; none: on a GPU
-    micro_tokens: int = 0            # padded tokens per micro-batch; 0: 8192 on a GPU, 2048 on a CPU
+    micro_tokens: int = None         # padded tokens per micro-batch; none: 8192 on a GPU, 2048 on a CPU
     max_rows: int = 0                # rows decoded together; 0: all of the rank's
     seed: int = 0                    # randomness is a function of (seed, purpose, step, row)
     # logs and checkpoints
@@ -139,102 +130,71 @@ class Config:
     tensorboard: bool = False        # also write TensorBoard events (needs the tensorboard package)
     wandb: bool = False              # also log to Weights & Biases (needs the wandb package)
 
-    def check(self):
-        """Refuse what cannot work, naming the flag to change."""
-        choices = {"stage": ("", "preference", "value", "save"), "algo": tuple(ADVANTAGES), "rm_update": tuple(RM_LOSSES),
-                   "adv_group": ("survivors", "full"), "lr_schedule": ("constant", "linear"),
-                   "long_rows": ("auto", "error", "drop"), "dtype": ("auto", "float32", "bfloat16")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                fail(f"--{name} {getattr(self, name)!r}: expected one of {', '.join(filter(None, allowed))}")
-        for name in ("steps", "batch", "group", "value_k", "value_batch", "value_epochs", "epochs", "max_new_tokens",
-                     "num_minibatches", "max_prompt_tokens", "max_response_tokens", "keep", "temperature", "top_p"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                fail(f"--{name} {getattr(self, name)}: expected more than 0")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, float) and value is not None and not (math.isfinite(value) and value >= 0):
-                fail(f"--{field.name} {value}: expected a finite number, 0 or more")
-        for name in ("top_p", "m0", "adam_beta1", "adam_beta2"):
-            if getattr(self, name) > 1:
-                fail(f"--{name} {getattr(self, name)}: expected at most 1")
-        if self.batch % WORLD:
-            fail(f"--batch {self.batch}: expected a multiple of the {WORLD} ranks")
-        if self.batch // WORLD % self.num_minibatches:
-            fail(f"--num_minibatches {self.num_minibatches}: expected a divisor of the {self.batch // WORLD} prompts a rank")
-        if self.group < 2 and self.stage not in ("preference", "value"):
-            fail(f"--group {self.group}: expected 2 or more, a group is compared with itself")
-
-    # numbers derived from flags and machine, all in this place
-    @property
-    def clip(self):
-        low, high = (3e-4, 4e-4) if self.algo == "gspo" else (0.2, 0.2)
-        return (low if self.clip_low is None else self.clip_low), (high if self.clip_high is None else self.clip_high)
-
-    @property
-    def torch_device(self):
-        if self.device == "cpu" or (self.device == "auto" and not torch.cuda.is_available()):
-            return torch.device("cpu")
-        if not torch.cuda.is_available():
-            fail(f"--device {self.device}: no such device here, expected cpu")
-        return torch.device("cuda", LOCAL_RANK)
-
     @property
     def on_gpu(self):
-        return self.torch_device.type == "cuda"
-
-    @property
-    def torch_dtype(self):
-        return getattr(torch, ("bfloat16" if self.on_gpu else "float32") if self.dtype == "auto" else self.dtype)
-
-    @property
-    def token_budget(self):
-        return self.micro_tokens or (8192 if self.on_gpu else 2048)
-
-    @property
-    def recompute(self):
-        return self.on_gpu if self.checkpointing is None else self.checkpointing
+        return self.device.startswith("cuda")
 
     @property
     def sampling(self):
         return {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "max_rows")}
 
+    def checked(self):
+        """Refuse what cannot work, naming the flag to change; replace every "auto" and none by what will be used."""
+        positive = ("steps", "batch", "group", "value_k", "value_batch", "value_epochs", "epochs", "max_new_tokens",
+                    "num_minibatches", "max_prompt_tokens", "max_response_tokens", "temperature", "top_p", "keep")
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
+                fail(f"--{name} {value}: expected a finite number, 0 or more")
+            if name in positive and value == 0 or name in ("top_p", "m0") and value > 1:
+                fail(f"--{name} {value}: expected {'more than 0' if value == 0 else 'at most 1'}")
+        if self.batch % WORLD or self.batch // WORLD % self.num_minibatches:
+            fail(f"--batch {self.batch}: expected a multiple of ranks ({WORLD}) x --num_minibatches "
+                 f"({self.num_minibatches})")
+        if self.group < 2 and self.stage in ("", "save"):
+            fail(f"--group {self.group}: expected 2 or more, a group is compared with itself")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            fail("--device cuda: no GPU is to be had here, expected cpu or auto")
+        gpu = self.device != "cpu" and torch.cuda.is_available()
+        low, high = (3e-4, 4e-4) if self.algo == "gspo" else (0.2, 0.2)
+        used = {"device": f"cuda:{LOCAL_RANK}" if gpu else "cpu", "dtype": "bfloat16" if gpu else "float32",
+                "checkpointing": gpu, "micro_tokens": 8192 if gpu else 2048, "clip_low": low, "clip_high": high,
+                "lr_rm": 1e-5 if self.stage == "preference" else 1e-7}
+        if self.stage != "preference":
+            used["steps"] = 320
+        unset = {name: value for name, value in used.items() if getattr(self, name) in (None, "auto", "cuda")}
+        return dataclasses.replace(self, **unset)
 
 def parse_config(argv=None):
-    """Flags from Config: the name, type and default of each field, and its trailing comment as the help text."""
+    """Flags from Config: name and type of each field; its comment is the help text and lists choices as a | b."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: fail(message + " (save.py --help lists the flags)")
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
-        options = {"help": comments[field.name].replace("%", "%%"), "default": argparse.SUPPRESS}
+        options = {"help": comments[field.name], "default": argparse.SUPPRESS}
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options.update(type=str if field.type is list else field.type, nargs="+" if field.type is list else None)
+            choices = re.match(r"\w+( \| \w+)+", comments[field.name])
+            options.update(type=str if field.type is list else field.type, nargs="+" if field.type is list else None,
+                           choices=choices and choices[0].split(" | "), metavar=field.type.__name__)
         parser.add_argument("--" + field.name, **options)
     return Config(**vars(parser.parse_args(argv)))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. ranks and devices: the only place that knows torch.distributed
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 3. ranks and devices: the only place that knows torch.distributed ----------------------------------------------
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
                            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
-
 def start_ranks(device):
     """Join the other ranks that torchrun started. A long timeout: one rank may decode much longer than another."""
-    if device.type == "cuda":
+    if device != "cpu":
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(hours=2))
 
 def barrier():
     """Wait for every rank."""
     if WORLD > 1:
         dist.barrier()
-
 
 def one_rank_at_a_time(load):
     """load() on rank 0, then rank 1, ...: host memory holds the weights being read by one rank only."""
@@ -244,11 +204,9 @@ def one_rank_at_a_time(load):
         barrier()
     return result
 
-
 def mine(items):
     """This rank's share of a list or tensor over prompts. Strided, so that shares join into the same global order."""
     return items[RANK::WORLD]
-
 
 def gather(share):
     """(P/W, ...) on each rank -> (P, ...) on every rank, in the order that `mine` took the shares from."""
@@ -258,30 +216,26 @@ def gather(share):
     dist.all_gather(shares, share.float().contiguous())
     return torch.stack(shares, 1).flatten(0, 1).to(share.dtype)
 
-
 def broadcast(tensor, source):
     """Overwrite `tensor` on every rank with that of rank `source`."""
     if WORLD > 1:
         dist.broadcast(tensor, source)
 
-
 def total(*numbers):
     """Each number summed over the ranks, as floats."""
-    sums = torch.tensor([float(n) for n in numbers], device="cuda" if torch.cuda.is_initialized() else "cpu")
-    if WORLD > 1:
-        dist.all_reduce(sums)
+    if WORLD == 1:
+        return [float(n) for n in numbers]
+    sums = torch.tensor([float(n) for n in numbers], device="cpu" if dist.get_backend() == "gloo" else "cuda")
+    dist.all_reduce(sums)
     return sums.tolist()
 
-
-def accumulate(model, batches, micro_loss, recompute):
-    """Back-propagate micro_loss(model, rows) for each micro-batch; leave the sum over micro-batches and ranks in p.grad.
+def accumulate(model, batches, micro_loss):
+    """Back-propagate micro_loss(model, rows) for each micro-batch; leave the sum over all of them in p.grad.
 
     DistributedDataParallel exists only inside this function, so its gradient buckets do too. Ranks may have different
     numbers of micro-batches (at least one): gradients are exchanged once, in the last backward. DDP averages over
     ranks while our losses are divided by global counts, hence the factor WORLD.
     """
-    if recompute:
-        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()  # only because transformers recomputes activations in training mode alone: dropout is removed at load
     wrapped = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True) if WORLD > 1 else model
     for i, rows in enumerate(batches):
@@ -290,15 +244,11 @@ def accumulate(model, batches, micro_loss, recompute):
         (micro_loss(wrapped, rows) * WORLD).backward()
     model.eval()
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. text and data
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 4. text and data -----------------------------------------------------------------------------------------------
 DATE = "26 Jul 2024"  # Llama-3.2's template prints today's date unless told otherwise: scores would change overnight
 
-
 def encode_chat(tokenizer, messages, generation_prompt=False):
-    """Messages -> token ids. The only place a chat template is applied, with exactly one BOS where the tokenizer wants one."""
+    """Messages -> token ids, with exactly one BOS where the tokenizer wants one. All chat templating is done here."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt,
                                          date_string=DATE)
     text = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be tokenized
@@ -306,7 +256,6 @@ def encode_chat(tokenizer, messages, generation_prompt=False):
     bos = tokenizer.bos_token_id
     wants_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
     return [bos] + ids if wants_bos and ids[:1] != [bos] else ids
-
 
 def encode_responses(tokenizer, messages, responses):
     """One prompt, many response texts -> [(ids, prompt_length)] in the reward model's own template.
@@ -321,170 +270,143 @@ def encode_responses(tokenizer, messages, responses):
              "causal pass cannot give both R and V")
     return [(row, len(prompt)) for row in rows]
 
+def load(path, flag, kind, **options):
+    """kind.from_pretrained(path), or one line that says why not."""
+    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+        fail(f"--{flag} {path}: no such folder")
+    try:
+        return kind.from_pretrained(path, **options)
+    except Exception as error:  # transformers and the hub client raise many types: all mean that it cannot be had
+        fail(f"--{flag} {path}: expected a model folder or hub name for {kind.__name__} ({first_line(error)})")
 
 def load_tokenizer(path, flag):
     """The tokenizer of a model folder or hub name; it must carry a chat template."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"--{flag} {path}: no tokenizer could be loaded, expected a model folder or hub name ({first_line(error)})")
-    if not tokenizer.chat_template:
-        fail(f"--{flag} {path}: its tokenizer has no chat template, expected one (tokenizer.chat_template)")
-    return tokenizer
-
+    tokenizer = load(path, flag, AutoTokenizer)
+    return tokenizer if tokenizer.chat_template else fail(f"--{flag} {path}: its tokenizer has no chat template")
 
 def first_line(error):
-    """The first non-empty line of an exception, short enough for one line of ours."""
+    """The first non-empty line of an exception."""
     return next((line.strip() for line in str(error).split("\n") if line.strip()), type(error).__name__)[:200]
 
-
 def read_rows(source, flag):
-    """[(where, row)] of a .json / .jsonl file (plain or .gz) or of a hub dataset `name` or `name:split`."""
-    if Path(source).exists() or source.endswith((".json", ".jsonl", ".gz")):
-        rows = read_file(source, flag)
-    else:
-        name, _, split = source.partition(":")
-        try:
+    """Yield (where, row) of a .json / .jsonl file (plain or .gz) or of a hub dataset `name` or `name:split`."""
+    is_json, is_file = (source.removesuffix(".gz").endswith(ending) for ending in (".json", (".json", ".jsonl")))
+    try:
+        if is_file or Path(source).is_file():
+            with (gzip.open if source.endswith(".gz") else open)(source, "rt", encoding="utf-8") as file:
+                text = file.read().rstrip("\n")
+            rows = json.loads(text) if is_json else text.split("\n") if text else []
+        else:
             from datasets import load_dataset  # imported here: local files do not need it
+            name, _, split = source.partition(":")
             rows = load_dataset(name, split=split or "train")
-        except Exception as error:  # the hub client raises many types, all of them mean "cannot be had"
-            fail(f"--{flag} {source}: neither a local file nor a hub dataset that can be had ({first_line(error)})")
-    if not len(rows):
-        fail(f"--{flag} {source}: it is empty, expected one row or more")
-    return [(f"--{flag} {source} row {number}", row) for number, row in enumerate(rows, 1)]
-
-
-def read_file(source, flag):
-    """The rows of a local file: a JSON list, or one JSON value per line."""
-    def parse(text, where):
+    except Exception as error:  # as in `load`
+        fail(f"--{flag} {source}: expected a JSON file or a hub dataset ({first_line(error)})")
+    if isinstance(rows, (dict, str)) or not len(rows):
+        fail(f"--{flag} {source}: expected a list of one row or more")
+    for number, row in enumerate(rows, 1):
+        where = f"--{flag} {source} row {number}"
         try:
-            return json.loads(text)
+            yield where, json.loads(row) if is_file and not is_json else row
         except ValueError as error:
             fail(f"{where}: not valid JSON ({first_line(error)})")
-
-    try:
-        with (gzip.open if source.endswith(".gz") else open)(source, "rt", encoding="utf-8") as file:
-            text = file.read().rstrip("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        fail(f"--{flag} {source}: cannot be read ({first_line(error)})")
-    if not source.removesuffix(".gz").endswith(".json"):
-        return [parse(line, f"--{flag} {source} row {n}") for n, line in enumerate(text.split("\n"), 1)] if text else []
-    rows = parse(text, f"--{flag} {source}")
-    return rows if isinstance(rows, list) else fail(f"--{flag} {source}: expected a JSON list of rows")
-
 
 def as_messages(value, where):
     """A chat from a string or from a list of {"role", "content"}."""
     if isinstance(value, str) and value.strip():
         return [{"role": "user", "content": value}]
-    if isinstance(value, list) and value and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value):
-        return [{"role": m["role"], "content": m["content"]} for m in value]
-    fail(f'{where}: expected a non-empty string or a list of {{"role", "content"}} messages, got {json.dumps(value)[:80]}')
-
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        messages = [{key: message.get(key) for key in ("role", "content")} for message in value]
+        if all(isinstance(text, str) for message in messages for text in message.values()):
+            return messages
+    fail(f'{where}: expected a non-empty string or a list of {{"role", "content"}} messages, got {repr(value)[:80]}')
 
 def last_reply(value, where):
     """The text of a response given as a string or as a whole chat that ends with it."""
     return value if isinstance(value, str) else as_messages(value, where)[-1]["content"]
 
-
 def read_prompts(cfg, tokenizer):
     """[(messages, policy token ids)] of --prompts: rows are strings, message lists, or {"prompt": either}."""
-    prompts, dropped = [], 0
+    prompts, count = [], 0
     for where, row in tqdm(read_rows(cfg.prompts, "prompts"), desc="prompts", disable=RANK > 0, delay=5):
-        value = row.get("prompt", row.get("messages")) if isinstance(row, dict) else row
-        messages = as_messages(value, where)
+        count += 1
+        messages = as_messages(row.get("prompt", row.get("messages")) if isinstance(row, dict) else row, where)
         if messages[-1]["role"] == "assistant":
             fail(f"{where}: the prompt ends with an assistant message, expected the user's")
         ids = encode_chat(tokenizer, messages, generation_prompt=True)
-        if len(ids) > cfg.max_prompt_tokens:
-            dropped += too_long(cfg, cfg.prompts, f"{where}: prompt of {len(ids)} tokens", cfg.max_prompt_tokens)
-            continue
-        # F.1 speaks of responses and 1024 tokens; we read it as R2M does: leave out prompts whose responses are longer
-        replies = [last_reply(row[side], where) for side in ("chosen", "rejected") if isinstance(row, dict) and side in row]
-        if any(len(reply.encode("utf-8", "replace")) > cfg.max_response_tokens  # a token is at least one byte
-               and len(tokenizer(reply)["input_ids"]) > cfg.max_response_tokens for reply in replies):
-            dropped += 1
-            continue
-        prompts.append((messages, ids))
-    if not prompts:
-        fail(f"--prompts {cfg.prompts}: no prompt is left within --max_prompt_tokens {cfg.max_prompt_tokens} "
-             f"and --max_response_tokens {cfg.max_response_tokens}")
-    say(f"{len(prompts)} prompts from {cfg.prompts}, {dropped} dropped as too long")
-    return prompts
-
+        # F.1 on responses and 1024 tokens is read as R2M has it: leave out prompts whose known responses are longer
+        replies = [last_reply(row[side], where) for side in ("chosen", "rejected")
+                   if isinstance(row, dict) and side in row]
+        long_reply = any(len(reply.encode("utf-8", "replace")) > cfg.max_response_tokens  # a token has a byte or more
+                         and len(tokenizer(reply)["input_ids"]) > cfg.max_response_tokens for reply in replies)
+        if fits(cfg, cfg.prompts, where, len(ids), cfg.max_prompt_tokens) and not long_reply:
+            prompts.append((messages, ids))
+    say(f"{len(prompts)} of {count} prompts of {cfg.prompts}, the others are too long")
+    return prompts or fail(f"--prompts {cfg.prompts}: no prompt within --max_prompt_tokens and --max_response_tokens")
 
 def read_pairs(cfg, source, flag, tokenizer):
-    """[(chosen, rejected)] as two (ids, prompt_length) in the reward model's template; rows hold prompt, chosen, rejected."""
-    pairs, dropped = [], 0
-    limit = cfg.max_prompt_tokens + cfg.max_response_tokens
+    """Rows of prompt, chosen, rejected -> [(chosen, rejected)], each (ids, prompt_length) in the RM's template."""
+    pairs, count, limit = [], 0, cfg.max_prompt_tokens + cfg.max_response_tokens
     for where, row in tqdm(read_rows(source, flag), desc=flag, disable=RANK > 0, delay=5):
+        count += 1
         missing = [side for side in ("chosen", "rejected") if not isinstance(row, dict) or not row.get(side)]
         if missing:
             fail(f"{where}: a pair needs both sides, {' and '.join(missing)} missing or empty")
-        replies = [last_reply(row[side], where) for side in ("chosen", "rejected")]
         prompt = row.get("prompt") or (row["chosen"][:-1] if isinstance(row["chosen"], list) else None)
-        sides = encode_responses(tokenizer, as_messages(prompt, where), replies)
-        if max(len(ids) for ids, _ in sides) > limit:
-            dropped += too_long(cfg, source, f"{where}: pair of {max(len(ids) for ids, _ in sides)} tokens", limit)
-            continue
-        pairs.append(sides)
-    if not pairs:
-        fail(f"--{flag} {source}: no pair is left within {limit} tokens")
-    say(f"{len(pairs)} pairs from {source}, {dropped} dropped as too long")
-    return pairs
+        sides = encode_responses(tokenizer, as_messages(prompt, where),
+                                 [last_reply(row[side], where) for side in ("chosen", "rejected")])
+        if fits(cfg, source, where, max(len(ids) for ids, _ in sides), limit):
+            pairs.append(sides)
+    say(f"{len(pairs)} of {count} pairs of {source}, the others are too long")
+    return pairs or fail(f"--{flag} {source}: no pair within {limit} tokens")
 
-
-def too_long(cfg, source, what, limit):
-    """Drop (1) or refuse a row over the limit. A hub set is what it is; a local file is yours, so you are told."""
-    if cfg.long_rows == "error" or (cfg.long_rows == "auto" and Path(source).exists()):
-        fail(f"{what}, expected at most {limit}: raise --max_prompt_tokens or pass --long_rows drop")
-    return 1
-
+def fits(cfg, source, where, tokens, limit):
+    """Whether a row may stay. A hub set is what it is and rows are dropped; a file is yours, so you are told."""
+    if tokens > limit and (cfg.long_rows == "error" or (cfg.long_rows == "auto" and Path(source).exists())):
+        fail(f"{where}: {tokens} tokens, expected at most {limit}: raise --max_prompt_tokens or pass --long_rows drop")
+    return tokens <= limit
 
 def pad(rows, device):
     """Lists of token ids -> (ids (n,T) right-padded with 0, lengths (n,)). Causal models never look at the padding."""
-    lengths = [len(row) for row in rows]
-    ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, :len(row)] = torch.tensor(row)
-    return ids.to(device), torch.tensor(lengths, device=device)
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    return ids.to(device), torch.tensor([len(row) for row in rows], device=device)
 
-
-def micro_batches(lengths, budget):
-    """Split rows into index lists of at most `budget` padded tokens (at least one row), longest rows first.
+def micro_batches(rows, sequences, budget):
+    """Split row numbers into lists of at most `budget` padded tokens (at least one row each), longest rows first.
 
     The longest come first so that too little memory shows at once; sorting keeps padding to a few percent.
     """
     batches, width = [], 0
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+    for row in sorted(rows, key=lambda row: (-len(sequences[row][0]), row)):
         if not batches or (len(batches[-1]) + 1) * width > budget:
             batches.append([])
-            width = lengths[row]
+            width = len(sequences[row][0])
         batches[-1].append(row)
     return batches
 
+def model_inputs(sequences, device):
+    """[(ids, prompt_length)] -> input_ids (n,T) right-padded, lengths (n,), prompt_lengths (n,): for both models."""
+    return *pad([ids for ids, _ in sequences], device), torch.tensor([length for _, length in sequences], device=device)
 
 def seed_for(*purpose):
     """A 63-bit seed from (seed, purpose, step, row, ...): no generator state to save, no replay on resume."""
     return int.from_bytes(hashlib.blake2b(repr(purpose).encode(), digest_size=8).digest(), "big") >> 1
 
+def generator(*purpose):
+    """A CPU generator for one purpose, so that a GPU draws the same numbers."""
+    return torch.Generator().manual_seed(seed_for(*purpose))
 
 @functools.lru_cache(2)
 def permutation(count, *purpose):
     """The order of `count` rows in one epoch."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed_for(*purpose))).tolist()
-
+    return torch.randperm(count, generator=generator(*purpose)).tolist()
 
 def draw(items, seed, purpose, start, count):
     """Items start .. start+count-1 of an endless stream of shuffled epochs."""
     return [items[permutation(len(items), seed, purpose, i // len(items))[i % len(items)]]
             for i in range(start, start + count)]
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. the reward model
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 5. the reward model --------------------------------------------------------------------------------------------
 class RewardModel(nn.Module):
     """A stock sequence classifier with one label, plus the value head V(x) on the same causal pass (section 4.1).
 
@@ -505,26 +427,21 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, new_head=False, seed=0):
-        """Load a folder or hub name in the checkpoint's own precision; `new_head` makes a reward model of a causal LM."""
-        tokenizer = load_tokenizer(path, "rm")
-        config = AutoConfig.from_pretrained(path)
+        """Load a folder or hub name in the checkpoint's own precision; `new_head`: a causal LM will do."""
+        tokenizer, config = load_tokenizer(path, "rm"), load(path, "rm", AutoConfig)
         is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
+        if not is_classifier and not new_head:
+            fail(f"--rm {path}: {config.architectures} has no reward head, expected a sequence classifier with 1 label "
+                 "(--stage preference makes one of a causal language model)")
         if is_classifier and config.num_labels != 1:
             fail(f"--rm {path}: it has {config.num_labels} labels, expected a reward model with 1")
-        if not is_classifier and not new_head:
-            fail(f"--rm {path}: {config.architectures} is no reward model, expected a sequence classifier with 1 label "
-                 "(--stage preference makes one of a causal language model)")
-        try:
-            model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="auto")
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            fail(f"--rm {path}: cannot be loaded as a sequence classifier ({first_line(error)})")
-        if not isinstance(getattr(model, "score", None), nn.Linear) or getattr(config, "is_encoder_decoder", False):
-            fail(f"--rm {path}: {type(model).__name__} is not a causal model with a linear `score` head, expected one: "
+        model = load(path, "rm", AutoModelForSequenceClassification, num_labels=1, dtype="auto")
+        if not isinstance(getattr(model, "score", None), nn.Linear):
+            fail(f"--rm {path}: {type(model).__name__} is no causal model with a linear `score` head, expected one: "
                  "V is read at the end of the prompt in the same causal pass")
         if not is_classifier:
-            generator = torch.Generator().manual_seed(seed_for(seed, "reward head"))
-            weight = torch.randn(model.score.weight.shape, generator=generator) / (model.score.in_features + 1) ** 0.5
-            model.score.weight.data = weight
+            noise = torch.randn(model.score.weight.shape, generator=generator(seed, "reward head"))
+            model.score.weight.data = noise / (model.score.in_features + 1) ** 0.5
         head = Path(path) / "value_head.safetensors"
         return cls(model, tokenizer, safetensors.torch.load_file(head) if head.is_file() else None)
 
@@ -568,14 +485,12 @@ class RewardModel(nn.Module):
         with replaced_folder(path) as folder:
             stock.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            save_value_head(self, folder)
+            self.save_value_head(folder)
 
-
-def save_value_head(rm, folder):
-    """value_head.safetensors: weight (1,H) and bias (1,), fp32."""
-    state = {name: p.detach().float().cpu().contiguous() for name, p in rm.value_head.state_dict().items()}
-    safetensors.torch.save_file(state, Path(folder) / "value_head.safetensors")
-
+    def save_value_head(self, folder):
+        """value_head.safetensors: weight (1,H) and bias (1,), fp32."""
+        state = {name: p.detach().cpu().contiguous() for name, p in self.value_head.state_dict().items()}
+        safetensors.torch.save_file(state, Path(folder) / "value_head.safetensors")
 
 def remove_dropout(model):
     """Set every dropout rate to 0: two passes over the same rows must give the same numbers."""
@@ -584,48 +499,34 @@ def remove_dropout(model):
             if isinstance(value, float) and ("drop" in name or (isinstance(module, nn.Dropout) and name == "p")):
                 setattr(module, name, 0.0)
 
-
 @torch.no_grad()
-def score(rm, rows, budget):
-    """rows [(ids, prompt_length)] -> rewards (N,) and prompt features (N,H) for V, without gradients."""
-    device = rm.value_head.weight.device
-    rewards = torch.empty(len(rows), device=device)
-    features = torch.empty(len(rows), rm.value_head.in_features, device=device)
-    batches = micro_batches([len(ids) for ids, _ in rows], budget)
-    for batch in tqdm(batches, desc="score", leave=False, delay=10, disable=RANK > 0):
-        last, prompt = rm.features(*reward_inputs([rows[i] for i in batch], device))
-        rewards[batch], features[batch] = rm.reward(last), prompt
+def score(rm, sequences, budget):
+    """sequences [(ids, prompt_length)] -> rewards (N,) and prompt features (N,H) for V, without gradients."""
+    device, count = rm.value_head.weight.device, len(sequences)
+    rewards, features = torch.empty(count, device=device), torch.empty(count, rm.value_head.in_features, device=device)
+    batches = micro_batches(range(count), sequences, budget)
+    for rows in tqdm(batches, desc="score", leave=False, delay=10, disable=RANK > 0):
+        last, prompt = rm.features(*model_inputs([sequences[row] for row in rows], device))
+        rewards[rows], features[rows] = rm.reward(last), prompt
     return rewards, features
 
-
-def reward_inputs(rows, device):
-    """[(ids, prompt_length)] -> the three arguments of RewardModel.forward."""
-    return *pad([ids for ids, _ in rows], device), torch.tensor([length for _, length in rows], device=device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. SAVE maths: pure functions of tensors
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 6. SAVE maths: pure functions of tensors -----------------------------------------------------------------------
 def at_least_fp32(x):
     """Losses are taken in fp32 or better."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
 
 def masked_mean(x, mask, dim=None):
     """Mean of x where mask, 0 where nothing is; what the mask hides may be anything, inf and nan too."""
     dims = tuple(range(x.dim())) if dim is None else dim
     return torch.where(mask, x, 0).sum(dims) / mask.sum(dims).clamp(min=1)
 
-
 def curriculum_threshold(step, total_steps, m0):
     """Eq. 14: mu(t) = (2 - p) / 2 with p = min(1 - m0 + t/T, 1); t counts from 1."""
     return (2 - min(1 - m0 + step / total_steps, 1)) / 2
 
-
 def rm_advantages(rewards, values):
     """Eq. 13: a = R - V. rewards (P,G), values (P,) -> (P,G)."""
     return rewards - values[:, None]
-
 
 def partition(advantages, threshold, usable=None):
     """Eq. 15-17. advantages (P,G) -> positive (P,G), negative (P,G), valid (P,), all bool.
@@ -639,11 +540,9 @@ def partition(advantages, threshold, usable=None):
     positive, negative = keep & (advantages >= 0), keep & (advantages < 0)
     return positive, negative, positive.any(1) & negative.any(1)
 
-
 def bradley_terry_loss(chosen, rejected):
     """Eq. 2 and 11: mean of -log sigmoid(R_w - R_l) over pairs. chosen, rejected (n,)."""
     return -F.logsigmoid(at_least_fp32(chosen) - at_least_fp32(rejected)).mean()
-
 
 def contrastive_loss(rewards, values, positive, negative):
     """Eq. 18-20, mean over valid prompts, 0 if there is none. rewards, masks (P,G); values (P,), no gradient to them.
@@ -659,7 +558,6 @@ def contrastive_loss(rewards, values, positive, negative):
     loss = log_sum(positive) - masked_mean(rewards, positive, 1) + log_sum(negative) - anchor
     return masked_mean(loss, positive.any(1) & negative.any(1))
 
-
 def value_loss(values, rewards, usable=None):
     """Eq. 12 and 21: mean of (V - mean_G R)^2 over prompts; the target carries no gradient.
 
@@ -670,9 +568,8 @@ def value_loss(values, rewards, usable=None):
     target = masked_mean(at_least_fp32(rewards.detach()), usable, 1)
     return masked_mean((at_least_fp32(values) - target) ** 2, usable.any(1))
 
-
 def highest_lowest_loss(rewards, usable=None):
-    """The HL-BT baseline: Eq. 2 on the highest and lowest reward of each group; exact ties give nothing. rewards (P,G)."""
+    """HL-BT baseline: Eq. 2 on the highest and lowest reward of each group (P,G); exact ties give nothing."""
     rewards = at_least_fp32(rewards)
     usable = torch.ones_like(rewards, dtype=torch.bool) if usable is None else usable
     # index the two rows (amax would share the gradient among equals); groups without a usable row become a tie
@@ -680,7 +577,6 @@ def highest_lowest_loss(rewards, usable=None):
     lowest = rewards.gather(1, rewards.masked_fill(~usable, math.inf).argmin(1, keepdim=True))[:, 0]
     margin = highest - lowest
     return masked_mean(-F.logsigmoid(margin), usable.any(1) & (margin > 0))
-
 
 # --rm_update: the loss on the rewards of a batch; all but hl_bt and none also filter what the policy trains on
 RM_LOSSES = {
@@ -691,31 +587,27 @@ RM_LOSSES = {
     "none": None,
 }
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. policy maths, and the policy
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 7. policy maths, and the policy --------------------------------------------------------------------------------
 def grpo_advantages(rewards, keep):
     """(r - mean) / (std + 1e-4) over the kept rows of each group. rewards, keep (P,G) -> (P,G).
 
-    std with Bessel's correction; 1e-4 is what everyone uses and makes a group of equal rewards 0 instead of nan.
-    0 where not kept, and in groups with fewer than two kept rows.
+    std with Bessel's correction. 0 where not kept, and in groups with fewer than two kept rows or with equal rewards:
+    fp64 because the fp32 mean of equal numbers may differ from them, which 1e-4 would blow up to an advantage of 0.01.
     """
+    dtype, rewards = rewards.dtype, rewards.double()
     count = keep.sum(1, keepdim=True)
     centred = rewards - masked_mean(rewards, keep, 1)[:, None]
     variance = torch.where(keep, centred ** 2, 0).sum(1, keepdim=True) / (count - 1).clamp(min=1)
-    return torch.where(keep & (count > 1), centred / (variance.sqrt() + 1e-4), 0)
-
+    return torch.where(keep & (count > 1), centred / (variance.sqrt() + 1e-4), 0).to(dtype)
 
 def rloo_advantages(rewards, keep):
     """r minus the mean of the other kept rows of its group. rewards, keep (P,G) -> (P,G); 0 as in grpo_advantages."""
+    dtype, rewards = rewards.dtype, rewards.double()
     count = keep.sum(1, keepdim=True)
     others = torch.where(keep, rewards, 0).sum(1, keepdim=True) - rewards
-    return torch.where(keep & (count > 1), rewards - others / (count - 1).clamp(min=1), 0)
-
+    return torch.where(keep & (count > 1), rewards - others / (count - 1).clamp(min=1), 0).to(dtype)
 
 ADVANTAGES = {"grpo": grpo_advantages, "rloo": rloo_advantages, "gspo": grpo_advantages}
-
 
 def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, algo, clip_low, clip_high, kl_coef):
     """Clipped surrogate, mean over rows with any token. Log-probs and mask (N,T), advantages (N,) or (N,T).
@@ -737,7 +629,7 @@ def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, al
         raise ValueError(f"algo {algo!r}: expected grpo, rloo, gspo or reinforce++")
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     advantages = torch.where(mask, advantages, 0)
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(max=20).exp()  # beyond any clip; inf times a zero advantage would be nan
     free, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     per_token = -torch.minimum(free, clipped)
     # a masked 0 - 0 = 0 keeps whatever the padding holds out of exp
@@ -749,7 +641,6 @@ def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, al
     stats = {"kl": masked_mean(masked_mean(k3.detach(), mask, 1), rows),
              "clipped": masked_mean(masked_mean((clipped < free).float(), mask, 1), rows)}
     return masked_mean(masked_mean(per_token, mask, 1), rows), stats
-
 
 class Policy(nn.Module):
     """A causal language model whose forward gives the log-probs of its responses, never the whole logits."""
@@ -766,20 +657,8 @@ class Policy(nn.Module):
     @classmethod
     def from_pretrained(cls, path):
         """Load a folder or hub name in the checkpoint's own precision."""
-        tokenizer = load_tokenizer(path, "policy")
-        try:
-            policy = cls(AutoModelForCausalLM.from_pretrained(path, dtype="auto"), tokenizer)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            fail(f"--policy {path}: cannot be loaded as a causal language model ({first_line(error)})")
-        if not policy.eos_ids:
-            fail(f"--policy {path}: neither its generation config nor its tokenizer has an EOS token, expected one")
-        with torch.no_grad():
-            ids = torch.arange(3, 11)[None] % len(tokenizer)
-            hidden = policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            if not torch.allclose(policy.logits(hidden), policy.model(ids).logits.float(), rtol=1e-2, atol=1e-2):
-                fail(f"--policy {path}: {type(policy.model).__name__} changes its logits after the output layer in a "
-                     "way that Policy.logits does not know, expected a plain, scaled or soft-capped output layer")
-        return policy
+        policy = cls(load(path, "policy", AutoModelForCausalLM, dtype="auto"), load_tokenizer(path, "policy"))
+        return policy if policy.eos_ids else fail(f"--policy {path}: expected an EOS token in its tokenizer")
 
     def logits(self, hidden):
         """Output layer with the scalings that Cohere, Granite and Gemma put behind it."""
@@ -788,6 +667,15 @@ class Policy(nn.Module):
         logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
         cap = getattr(config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    @torch.no_grad()
+    def check_logits(self, path):
+        """Compare `logits` with the model's own forward: a scaling we do not know would spoil every ratio."""
+        ids = torch.arange(3, 11, device=next(self.parameters()).device)[None] % self.model.config.vocab_size
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        if not torch.allclose(self.logits(hidden), self.model(ids).logits.float(), rtol=1e-2, atol=1e-2):
+            fail(f"--policy {path}: {type(self.model).__name__} changes its logits after the output layer in a way "
+                 "that Policy.logits does not know, expected a plain, scaled or soft-capped output layer")
 
     def token_log_probs(self, hidden, targets, temperature):
         """log pi(target) at the sampling temperature over the full vocabulary. hidden (M,H), targets (M,) -> (M,)."""
@@ -809,10 +697,7 @@ class Policy(nn.Module):
                   for h, t in zip(hidden.split(chunk), targets.split(chunk))]
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(pieces)), mask
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. rollout
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 8. rollout -----------------------------------------------------------------------------------------------------
 def sample_tokens(logits, uniforms, temperature, top_p, top_k):
     """One token per row by inverting the cumulative distribution at `uniforms` (n,). logits (n,V) -> ids (n,).
 
@@ -831,7 +716,6 @@ def sample_tokens(logits, uniforms, temperature, top_p, top_k):
     pick = torch.searchsorted(cumulative, uniforms[:, None].double() * cumulative[:, -1:], right=True)
     return ids.gather(1, pick.clamp(max=ids.shape[1] - 1))[:, 0]
 
-
 @torch.no_grad()
 def rollout(policy, prompt_ids, group, seeds, *, max_new_tokens, temperature, top_p, top_k, max_rows=0):
     """`group` responses for each of P prompts -> P*group token lists (EOS included) and whether each one ended.
@@ -849,9 +733,8 @@ def rollout(policy, prompt_ids, group, seeds, *, max_new_tokens, temperature, to
         ended += done.tolist()
     return responses, ended
 
-
 def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
-    """One wave of rollout: prefill each prompt once, then decode all rows together. -> tokens (n,R), -1 after the end."""
+    """One wave: prefill each prompt once, then decode all rows together. -> tokens (n,R), -1 after the end; ended (n,)."""
     model, device = policy.model, next(policy.parameters()).device
     lengths = torch.tensor([len(ids) for ids in prompt_ids], device=device)
     width = int(lengths.max())
@@ -886,10 +769,7 @@ def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
         position = position + 1
     return tokens, ended
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 9. optimizer and offload
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 9. optimizer and offload ---------------------------------------------------------------------------------------
 class ShardedAdamW:
     """AdamW on fp32 masters, whole parameters dealt to ranks (ZeRO-1); the model keeps a working copy in any precision.
 
@@ -899,7 +779,7 @@ class ShardedAdamW:
     """
 
     def __init__(self, model, lr, cfg, keep_initial=False):
-        self.cfg, self.device = cfg, cfg.torch_device
+        self.cfg, self.lr, self.device = cfg, lr, "cpu" if cfg.offload else cfg.device
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         load = [0] * WORLD
         self.owner = {}
@@ -907,28 +787,11 @@ class ShardedAdamW:
             self.owner[name] = load.index(min(load))
             load[self.owner[name]] += p.numel()
         own = [(name, p) for name, p in self.named if self.owner[name] == RANK]
-        self.initial = {name: p.detach().to(cfg.torch_dtype, copy=True) for name, p in own} if keep_initial else {}
         self.masters = {name: p.detach().to(self.device, torch.float32, copy=True) for name, p in own}
-        self.lr = lr
-        self.adamw = torch.optim.AdamW(self.masters.values() or [torch.zeros(1)], lr, betas=(cfg.adam_beta1, cfg.adam_beta2),
-                                       eps=cfg.adam_eps, weight_decay=cfg.weight_decay, fused=True)
-        self.to_host()
-
-    def tensors(self):
-        """Everything this rank keeps between steps."""
-        moments = [x for state in self.adamw.state.values() for x in state.values() if x.dim()]
-        return [*self.masters.values(), *moments, *self.initial.values()]
-
-    def to_host(self):
-        """Under --offload, move this rank's state to pinned host memory."""
-        if self.cfg.offload and self.cfg.on_gpu:
-            for x in self.tensors():
-                x.data = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x)
-
-    def to_device(self):
-        """Undo to_host."""
-        for x in self.tensors():
-            x.data = x.data.to(self.device, non_blocking=True)
+        self.initial = {name: p.to(getattr(torch, cfg.dtype), copy=True)
+                        for name, p in self.masters.items() if keep_initial}
+        self.adamw = torch.optim.AdamW(self.masters.values() or [torch.zeros(1)], lr, betas=(0.9, 0.999), eps=1e-8,
+                                       weight_decay=0.0, fused=True)  # torch's own weight decay would be 0.01
 
     def publish(self, source):
         """Write `source` (this rank's masters or initial weights) into the working copy, on every rank."""
@@ -951,27 +814,26 @@ class ShardedAdamW:
         if not math.isfinite(norm):
             raise FloatingPointError(f"rank {RANK}: gradient norm is {norm}, nothing was updated")
         scale = min(1.0, self.cfg.max_grad_norm / (norm + 1e-6)) if self.cfg.max_grad_norm else 1.0  # as torch clips
-        self.to_device()
         for name, p in self.named:
             if self.owner[name] == RANK and p.grad is not None:
-                self.masters[name].grad = p.grad.float() * scale
+                self.masters[name].grad = p.grad.to(self.device, torch.float32) * scale
             p.grad = None
         self.adamw.param_groups[0]["lr"] = self.lr * lr_scale
         self.adamw.step()
         self.adamw.zero_grad()
         self.publish(self.masters)
-        self.to_host()
         return norm
 
-    def full_state(self, dtype=torch.float32):
+    def full_state(self):
         """The masters of all ranks, name -> tensor in host memory, on rank 0; other ranks get {}."""
         state = {}
         for name, p in self.named:
-            x = self.masters[name].detach().to(self.device) if self.owner[name] == RANK else \
-                torch.empty(p.shape, device=self.device)
+            x = torch.empty(p.shape, device=p.device)
+            if self.owner[name] == RANK:
+                x.copy_(self.masters[name].detach())
             broadcast(x, self.owner[name])
             if RANK == 0:
-                state[name] = x.to("cpu", dtype, copy=True)
+                state[name] = x.to("cpu", copy=True)
         return state
 
     def state_dict(self):
@@ -982,15 +844,14 @@ class ShardedAdamW:
             state.update({f"{key}.{name}": x for key, x in self.adamw.state[master].items()})
         return {name: x.cpu().contiguous() for name, x in state.items()}
 
-    def load_state_dict(self, state):
-        """Take this rank's parameters out of the state dicts of all ranks, however many those were."""
-        for name, master in self.masters.items():
-            master.data.copy_(state[f"master.{name}"])
-            self.adamw.state[master] = {key: state[f"{key}.{name}"].to(self.device if key == "step" else master.device)
-                                        for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state}
-        self.publish(self.masters)
-        self.to_host()
-
+    def load(self, kind, name, read):
+        """Take one tensor of a state_dict if it belongs to this rank; read() gives it."""
+        if name in self.masters:
+            master = self.masters[name]
+            if kind == "master":
+                master.data.copy_(read())
+            else:
+                self.adamw.state[master][kind] = read().to(self.device)
 
 def to_working_copy(module, cfg):
     """Move to the device, parameters in --dtype. Buffers keep theirs: rotary frequencies in bf16 would be wrong.
@@ -1000,91 +861,85 @@ def to_working_copy(module, cfg):
     heads = {id(p) for head in ("value_head", "model.score") if isinstance(module, RewardModel)
              for p in module.get_submodule(head).parameters()}
     for p in module.parameters():
-        p.data = p.data.to(cfg.torch_device, p.dtype if id(p) in heads else cfg.torch_dtype)
-    return module.to(cfg.torch_device)
+        p.data = p.data.to(cfg.device, p.dtype if id(p) in heads else getattr(torch, cfg.dtype))
+    if cfg.checkpointing:
+        module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return module.to(cfg.device)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 10. the three steps of Algorithm 2
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 10. the three steps of Algorithm 2 -----------------------------------------------------------------------------
 @dataclasses.dataclass
 class Run:
     """What a stage works with, and what a checkpoint holds."""
     cfg: Config
-    log: "Log"
-    rm: RewardModel = None
+    rm: RewardModel
     policy: Policy = None
+    log: "Log" = None
     optimizers: dict = dataclasses.field(default_factory=dict)  # of "rm", "value" and "policy" those that are trained
-    total_steps: int = 0
 
     def lr_scale(self, step):
         """Learning-rate factor of step 1 .. T."""
-        return 1 - (step - 1) / self.total_steps if self.cfg.lr_schedule == "linear" else 1.0
-
+        return 1 - (step - 1) / self.cfg.steps if self.cfg.lr_schedule == "linear" else 1.0
 
 @dataclasses.dataclass
 class Batch:
     """One step's responses. (P,G) tensors cover all ranks; lists cover this rank's rows, prompt by prompt."""
     step: int
     prompts: list                    # (messages, policy ids) of this rank's prompts
-    responses: list                  # token ids, EOS included
-    texts: list                      # the same, decoded
-    rows: list                       # (ids, prompt_length) in the reward model's tokens
+    texts: list                      # responses, decoded
+    chats: list                      # (ids, prompt_length) of prompt and response in the reward model's tokens
+    sequences: list                  # the same in the policy's tokens
     lengths: torch.Tensor            # (P,G) response tokens
     ended: torch.Tensor              # (P,G) bool: stopped by EOS, not by --max_new_tokens
     usable: torch.Tensor             # (P,G) bool: ended, and short enough for the reward model's update
     rewards: torch.Tensor = None     # (P,G)
     features: torch.Tensor = None    # (P,H) at the end of the prompt, for V
 
-
 def sample(run, prompts, group, step, purpose="rollout"):
     """Draw `group` responses for each of this rank's share of `prompts` and put them into the reward model's words."""
     cfg, own = run.cfg, mine(prompts)
     seeds = [seed_for(cfg.seed, purpose, step, p, g) for p in mine(range(len(prompts))) for g in range(group)]
-    responses, ended = rollout(run.policy, [ids for _, ids in own], group, seeds, **cfg.sampling)
+    with run.log.time("rollout"):
+        responses, ended = rollout(run.policy, [ids for _, ids in own], group, seeds, **cfg.sampling)
     texts = run.policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
     # the policy's tokens mean nothing to the reward model: decode, apply its template, tokenize with its tokenizer
-    rows = [row for i, (messages, _) in enumerate(own)
-            for row in encode_responses(run.rm.tokenizer, messages, texts[i * group:(i + 1) * group])]
-    short = [len(ids) - length <= cfg.max_new_tokens + 32 for ids, length in rows]  # 32: the template's own tokens
+    chats = [chat for i, (messages, _) in enumerate(own)
+             for chat in encode_responses(run.rm.tokenizer, messages, texts[i * group:(i + 1) * group])]
+    sequences = [(own[i // group][1] + response, len(own[i // group][1])) for i, response in enumerate(responses)]
+    short = [len(ids) - length <= cfg.max_new_tokens + 32 for ids, length in chats]  # 32: the template's own tokens
     context = getattr(run.rm.model.config, "max_position_embeddings", None) or sys.maxsize
-    rows = [(ids[:context], min(length, context)) for ids, length in rows]
+    chats = [(ids[:context], min(length, context)) for ids, length in chats]
 
     def table(values):
-        return gather(torch.tensor(values, device=cfg.torch_device).view(len(own), group))
+        return gather(torch.tensor(values, device=cfg.device).view(len(own), group))
 
     ended = table(ended)
-    return Batch(step, own, responses, texts, rows, table([len(ids) for ids in responses]), ended, ended & table(short))
-
+    lengths = table([len(ids) for ids in responses])
+    return Batch(step, own, texts, chats, sequences, lengths, ended, usable=ended & table(short))
 
 def score_batch(run, batch):
     """Fill in R and the features that V is read from, for all ranks."""
     with run.log.time("score"):
-        rewards, features = score(run.rm, batch.rows, run.cfg.token_budget)
+        rewards, features = score(run.rm, batch.chats, run.cfg.micro_tokens)
         group = batch.lengths.shape[1]
         if not rewards.isfinite().all():
-            run.log.dump(batch, rewards)
-            raise FloatingPointError(f"step {batch.step} rank {RANK}: a reward is not finite")
+            bad = [batch.texts[i] for i in (~rewards.isfinite()).nonzero()[:, 0].tolist()]
+            write_json(Path(run.cfg.out, f"nonfinite_rank_{RANK}.json"), {"step": batch.step, "responses": bad})
+            raise FloatingPointError(f"step {batch.step} rank {RANK}: {len(bad)} rewards are not finite")
         batch.rewards = gather(rewards.view(-1, group))
-        batch.features = gather(features.view(-1, group, features.shape[1])[:, 0])  # one V per prompt, from its first row
-
+        batch.features = gather(features.view(-1, group, features.shape[1])[:, 0])  # one V a prompt: its first row's
 
 @torch.no_grad()
 def anchor(run, batch):
-    """V (P,): the value head's, or for the Mean Reward baseline the group mean."""
-    if run.cfg.rm_update == "mean_reward":
-        return masked_mean(batch.rewards, batch.usable, 1)
-    return run.rm.value(batch.features)
-
+    """V (P,): the value head's for SAVE; for the others, the Mean Reward baseline among them, the group mean."""
+    return run.rm.value(batch.features) if run.cfg.rm_update == "save" else masked_mean(batch.rewards, batch.usable, 1)
 
 def filtered(run, batch, usable=None):
     """Step 1, Eq. 13-17: positive, negative (P,G), valid (P,). Updates without an anchor keep every response."""
     if run.cfg.rm_update in ("hl_bt", "none"):
         everything = torch.ones_like(batch.ended) if usable is None else usable
         return everything, torch.zeros_like(everything), everything.any(1)
-    threshold = curriculum_threshold(batch.step, run.total_steps, run.cfg.m0)
+    threshold = curriculum_threshold(batch.step, run.cfg.steps, run.cfg.m0)
     return partition(rm_advantages(batch.rewards, anchor(run, batch)), threshold, usable)
-
 
 def reward_model_step(run, batch, positive, negative):
     """Step 2, Eq. 18-20: one step on backbone and reward head. True if there was anything to learn from.
@@ -1096,22 +951,19 @@ def reward_model_step(run, batch, positive, negative):
     rewards = batch.rewards.clone().requires_grad_()
     loss = RM_LOSSES[run.cfg.rm_update](rewards, anchor(run, batch), positive, negative, batch.usable)
     weights = torch.autograd.grad(loss, rewards)[0]
-    run.log.put({"rm/loss": loss.item()})
+    run.log.put(rm_loss=loss)
     if not weights.any():
         return False
     own = mine(weights).flatten()
     rows = own.nonzero()[:, 0].tolist() or [0]  # a rank with nothing to train on takes part with weight 0
 
-    def micro_loss(model, index):
-        index = [rows[i] for i in index]
-        return (model(*reward_inputs([batch.rows[i] for i in index], own.device))[0] * own[index]).sum()
+    def micro_loss(model, rows):
+        return (model(*model_inputs([batch.chats[row] for row in rows], own.device))[0] * own[rows]).sum()
 
     with run.log.time("rm_update"), frozen(run.rm.value_head):
-        accumulate(run.rm, micro_batches([len(batch.rows[i][0]) for i in rows], run.cfg.token_budget), micro_loss,
-                   run.cfg.recompute)
-        run.log.put({"rm/grad_norm": run.optimizers["rm"].step(run.lr_scale(batch.step))})
+        accumulate(run.rm, micro_batches(rows, batch.chats, run.cfg.micro_tokens), micro_loss)
+        run.log.put(rm_grad_norm=run.optimizers["rm"].step(run.lr_scale(batch.step)))
     return True
-
 
 @contextlib.contextmanager
 def frozen(module):
@@ -1119,7 +971,6 @@ def frozen(module):
     module.requires_grad_(False)
     yield
     module.requires_grad_(True)
-
 
 def value_step(run, rewards, features, usable, lr_scale=1.0):
     """Eq. 12 and 21: one step on the value head, from features that carry no gradient. Returns the loss before it.
@@ -1131,25 +982,15 @@ def value_step(run, rewards, features, usable, lr_scale=1.0):
     run.optimizers["value"].step(lr_scale)
     return loss.item()
 
-
 @torch.no_grad()
 def response_log_probs(run, batch, rows):
     """Log-probs of this rank's `rows` under the working copy -> (N/W, R), 0 elsewhere."""
-    result = torch.zeros(len(batch.responses), int(batch.lengths.max()), device=run.cfg.torch_device)
-    sequences = [batch.prompts[i // batch.lengths.shape[1]][1] + batch.responses[i] for i in range(len(batch.responses))]
-    for index in micro_batches([len(sequences[i]) for i in rows], run.cfg.token_budget):
-        index = [rows[i] for i in index]
-        log_probs, _ = run.policy(*policy_inputs(run, batch, index))
-        result[index, :log_probs.shape[1]] = log_probs
+    result = torch.zeros(len(batch.sequences), int(batch.lengths.max()), device=run.cfg.device)
+    for part in micro_batches(rows, batch.sequences, run.cfg.micro_tokens):
+        inputs = model_inputs([batch.sequences[row] for row in part], run.cfg.device)
+        log_probs, _ = run.policy(*inputs, run.cfg.temperature)
+        result[part, :log_probs.shape[1]] = log_probs
     return result
-
-
-def policy_inputs(run, batch, index):
-    """Arguments of Policy.forward for some of this rank's rows."""
-    prompts = [batch.prompts[i // batch.lengths.shape[1]][1] for i in index]
-    ids, lengths = pad([prompt + batch.responses[i] for prompt, i in zip(prompts, index)], run.cfg.torch_device)
-    return ids, lengths, torch.tensor([len(prompt) for prompt in prompts], device=ids.device), run.cfg.temperature
-
 
 def policy_step(run, batch, keep, valid):
     """Step 3: GRPO, RLOO or GSPO on the survivors `keep` (P,G) with the improved reward model's rewards."""
@@ -1174,35 +1015,29 @@ def policy_step(run, batch, keep, valid):
     own_advantages, own_trained = mine(advantages).flatten(), mine(trained).flatten()
     sums = torch.zeros(3)
 
-    def micro_loss(model, index, rows, denominator):
-        index = [rows[i] for i in index]
-        log_probs, mask = model(*policy_inputs(run, batch, index))
+    def micro_loss(model, rows):
+        log_probs, mask = model(*model_inputs([batch.sequences[row] for row in rows], cfg.device), cfg.temperature)
         width = log_probs.shape[1]
         loss, stats = policy_loss(
-            log_probs, log_probs if old is None else old[index, :width],
-            log_probs if reference is None else reference[index, :width], own_advantages[index], mask,
-            algo=cfg.algo, clip_low=cfg.clip[0], clip_high=cfg.clip[1], kl_coef=cfg.kl_coef)
-        weight = own_trained[index].sum().item() / denominator  # 0 for a rank that only takes part
+            log_probs, log_probs if old is None else old[rows, :width],
+            log_probs if reference is None else reference[rows, :width], own_advantages[rows], mask,
+            algo=cfg.algo, clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef)
+        weight = own_trained[rows].sum().item() / count  # 0 for a rank that only takes part
         sums.add_(torch.tensor([loss.item(), stats["kl"].item(), stats["clipped"].item()]) * weight)
         return loss * weight
 
     with run.log.time("policy_update"):
         for part in torch.arange(len(keep)).chunk(cfg.num_minibatches):  # by prompt, in the global order
-            denominator = int(trained[part].sum())
-            if denominator == 0:
+            count = int(trained[part].sum())
+            if count == 0:
                 continue
-            own = [i for i in rows if RANK + WORLD * (i // group) in part] or [0]
-            lengths = [len(batch.prompts[i // group][1]) + len(batch.responses[i]) for i in own]
-            accumulate(run.policy, micro_batches(lengths, cfg.token_budget),
-                       functools.partial(micro_loss, rows=own, denominator=denominator), cfg.recompute)
-            run.log.put({"policy/grad_norm": run.optimizers["policy"].step(run.lr_scale(batch.step))})
+            part_rows = [row for row in rows if RANK + WORLD * (row // group) in part] or [0]
+            accumulate(run.policy, micro_batches(part_rows, batch.sequences, cfg.micro_tokens), micro_loss)
+            run.log.put(policy_grad_norm=run.optimizers["policy"].step(run.lr_scale(batch.step)))
     loss, kl, clipped = (x / cfg.num_minibatches for x in total(*sums))
-    run.log.put({"policy/loss": loss, "policy/kl": kl, "policy/clipped": clipped})
+    run.log.put(policy_loss=loss, kl=kl, clipped=clipped, survivors=trained.float().mean())
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 11. files: atomic folders and checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 11. files: atomic folders and checkpoints ----------------------------------------------------------------------
 @contextlib.contextmanager
 def replaced_folder(path):
     """Write into a temporary folder beside `path`, then put it in its place: a kill leaves the old or the new one."""
@@ -1220,15 +1055,16 @@ def replaced_folder(path):
     os.replace(temporary, path)
     shutil.rmtree(old, ignore_errors=True)
 
-
-RESUME_MAY_CHANGE = {"out", "resume", "save_every", "keep", "eval_every", "show_every", "heldout", "tensorboard", "wandb",
-                     "device", "offload", "checkpointing", "micro_tokens", "max_rows"}
-
+RESUME_MAY_CHANGE = {"out", "resume", "save_every", "keep", "eval_every", "show_every", "heldout", "tensorboard",
+                     "wandb", "device", "offload", "checkpointing", "micro_tokens", "max_rows"}
 
 def checkpoints(out):
     """Complete checkpoints under --out, oldest first."""
     return sorted(path for path in Path(out, "checkpoints").glob("step_*") if (path / "state.json").is_file())
 
+def resumable(cfg):
+    """The checkpoints to resume from, if that was asked for."""
+    return checkpoints(cfg.out) if cfg.resume else []
 
 def save_checkpoint(run, step):
     """checkpoints/step_000123: one safetensors file per rank, then state.json, then the rename that makes it count."""
@@ -1238,7 +1074,8 @@ def save_checkpoint(run, step):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier()
-    state = {f"{name}.{key}": x for name, optimizer in run.optimizers.items() for key, x in optimizer.state_dict().items()}
+    state = {f"{name}.{key}": x for name, optimizer in run.optimizers.items()
+             for key, x in optimizer.state_dict().items()}
     file = temporary / f"rank_{RANK:05d}.safetensors"
     safetensors.torch.save_file(state, file)
     with open(file, "rb") as handle:
@@ -1252,37 +1089,25 @@ def save_checkpoint(run, step):
             shutil.rmtree(old)
     barrier()
 
-
 def load_checkpoint(run):
     """Continue from the newest complete checkpoint of the same configuration. Returns its step, 0 if there is none."""
-    found = checkpoints(run.cfg.out)
-    if not (run.cfg.resume and found):
+    found = resumable(run.cfg)
+    if not found:
         return 0
     saved, now = json.loads((found[-1] / "state.json").read_text()), dataclasses.asdict(run.cfg)
     changed = [f"--{name} was {saved['config'].get(name)!r}, is {now[name]!r}" for name in now
                if name not in RESUME_MAY_CHANGE and saved["config"].get(name) != now[name]]
     if changed:
         fail(f"--resume: {found[-1]} belongs to another configuration: {'; '.join(changed)}")
-    shards = [safetensors.safe_open(file, "pt") for file in sorted(found[-1].glob("rank_*.safetensors"))]
-    where = {key: shard for shard in shards for key in shard.keys()}
-    for name, optimizer in run.optimizers.items():
-        optimizer.load_state_dict(LazyState(where, name))
+    for file in sorted(found[-1].glob("rank_*.safetensors")):  # of however many ranks there were
+        with safetensors.safe_open(file, "pt") as shard:
+            for key in shard.keys():
+                optimizer, kind, name = key.split(".", 2)
+                run.optimizers[optimizer].load(kind, name, lambda: shard.get_tensor(key))
+    for optimizer in run.optimizers.values():
+        optimizer.publish(optimizer.masters)
     say(f"resumed from {found[-1]}")
     return saved["step"]
-
-
-class LazyState:
-    """Tensors of one optimizer, read from the shards when asked for: no rank ever holds another's state."""
-
-    def __init__(self, where, prefix):
-        self.where, self.prefix = where, prefix
-
-    def __contains__(self, key):
-        return f"{self.prefix}.{key}" in self.where
-
-    def __getitem__(self, key):
-        return self.where[f"{self.prefix}.{key}"].get_tensor(f"{self.prefix}.{key}")
-
 
 def write_json(path, value):
     """Write and flush to disk."""
@@ -1290,7 +1115,6 @@ def write_json(path, value):
         json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-
 
 def save_models(run):
     """rm/ in fp32 from the masters, policy/ in the working precision, both stock Hugging Face folders."""
@@ -1307,37 +1131,33 @@ def save_models(run):
         say(f"policy: {out / 'policy'}")
     barrier()
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 12. logging
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 12. logging ----------------------------------------------------------------------------------------------------
 def say(*words):
     """Print on rank 0, without breaking a progress bar."""
     if RANK == 0:
         tqdm.write(" ".join(str(word) for word in words))
-
 
 def versions():
     """What made this run."""
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
             "world": WORLD, "sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
 
-
 class Log:
     """metrics.jsonl (first record: configuration and versions), samples.jsonl, one console line a step."""
 
     def __init__(self, cfg):
-        self.cfg, self.record, self.seconds, self.memory, self.reference = cfg, {}, {}, {}, {}
-        self.warned, self.board, self.wandb = set(), None, None
+        self.cfg, self.record, self.boards, self.failing, self.first_spread = cfg, {}, [], set(), None
         if RANK > 0:
             return
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(cfg.out)
+            writer = SummaryWriter(cfg.out)
+            self.boards.append(lambda numbers, step: [writer.add_scalar(name, x, step) for name, x in numbers.items()])
         if cfg.wandb:
             import wandb
-            self.wandb = wandb.init(project="save", config=dataclasses.asdict(cfg))
+            board = wandb.init(project="save", config=dataclasses.asdict(cfg))
+            self.boards.append(lambda numbers, step: board.log(numbers, step=step))
         self.append("metrics.jsonl", {"config": dataclasses.asdict(cfg), **versions()})
 
     def append(self, name, *records):
@@ -1345,232 +1165,183 @@ class Log:
         with open(Path(self.cfg.out, name), "a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
-    def put(self, values):
+    def put(self, **values):
         """Add numbers to the record of the current step."""
-        self.record.update(values)
+        self.record.update({name: x.item() if torch.is_tensor(x) else x for name, x in values.items()})
 
     @contextlib.contextmanager
     def time(self, phase):
         """Add up the seconds of a phase, and note its peak memory on a GPU."""
-        gpu, start = self.cfg.on_gpu, time.perf_counter()
-        if gpu:
+        start = time.perf_counter()
+        if self.cfg.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         yield
-        if gpu:
+        if self.cfg.on_gpu:
             torch.cuda.synchronize()
-            self.memory[phase] = max(self.memory.get(phase, 0), torch.cuda.max_memory_allocated() / 1e9)
-        self.seconds[phase] = self.seconds.get(phase, 0) + time.perf_counter() - start
+            self.put(**{f"{phase}_gb": torch.cuda.max_memory_allocated() / 1e9})
+        self.put(**{f"{phase}_seconds": self.record.get(f"{phase}_seconds", 0) + time.perf_counter() - start})
 
-    def write(self, step, **labels):
-        """Close the record of a step: add times and memory, write it to disk and to the boards. Returns it."""
-        seconds = {f"seconds/{phase}": round(value, 3) for phase, value in self.seconds.items()}
-        memory = {f"memory_gb/{phase}": round(value, 2) for phase, value in self.memory.items()}
-        # ru_maxrss is in KiB on Linux, bytes on macOS
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e9 / 1024)
-        record = {"step": step, **labels, **self.record, **seconds, **memory, "memory_gb/host": round(host, 2)}
-        self.record, self.seconds, self.memory = {}, {}, {}
+    def write(self, step, stage):
+        """Close the record of a step: to disk, to the boards and, as one line, to the console."""
+        kib = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+        record = {"step": step, "stage": stage, **self.record,
+                  "host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib / 1e9}
+        self.record = {}
         if RANK == 0:
             self.append("metrics.jsonl", record)
-            numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
-            if self.board:
-                for name, value in numbers.items():
-                    self.board.add_scalar(name, value, step)
-            if self.wandb:
-                self.wandb.log(numbers, step=step)
-        return record
-
-    def dump(self, batch, rewards):
-        """Keep the rows of a batch that holds a non-finite number."""
-        rows = [{"step": batch.step, "rank": RANK, "response": batch.texts[i], "reward": repr(rewards[i].item())}
-                for i in range(len(batch.texts)) if not rewards[i].isfinite()]
-        Path(self.cfg.out, f"nonfinite_rank_{RANK}.json").write_text(json.dumps(rows, indent=1))
-
+            for board in self.boards:
+                board({name: x for name, x in record.items() if isinstance(x, (int, float))}, step)
+        shown = {"loss": "rm_loss", "acc": "rm_accuracy", "R": "reward", "spread": "reward_spread", "kept": "kept",
+                 "V bias": "value_bias", "valid": "valid", "truncated": "truncated", "R shift": "reward_shift",
+                 "kl": "kl", "tok/s": "tokens_per_second", "s": "step_seconds"}
+        if step:
+            say(f"{stage} {step}", *(f" {label} {record[name]:.4g}" for label, name in shown.items() if name in record))
 
 def record_scores(run, batch, positive, negative, valid):
     """The numbers that say what the filter did and whether the anchor is any good, over all ranks."""
-    rewards, usable = batch.rewards, batch.usable
-    spread = rewards.std(1).mean().item() if rewards.shape[1] > 1 else 0.0
-    run.log.put({"reward/mean": rewards.mean().item(), "reward/spread": spread,
-                 "kept": (positive | negative).float().mean().item(), "valid": valid.float().mean().item(),
-                 "truncated": 1 - batch.ended.float().mean().item(), "usable": usable.float().mean().item(),
-                 "tokens/response": batch.lengths.float().mean().item()})
+    rewards, kept = batch.rewards, positive | negative
+    run.log.put(reward=rewards.mean(), reward_spread=rewards.std(1).mean(), kept=kept.float().mean(),
+                positive=positive.float().mean(), valid=valid.float().mean(), truncated=1 - batch.ended.float().mean(),
+                usable=batch.usable.float().mean(), response_tokens=batch.lengths.float().mean(),
+                tokens_per_second=batch.lengths.sum().item() / run.log.record["rollout_seconds"])
     if run.cfg.rm_update == "save":
-        bias = anchor(run, batch) - masked_mean(rewards, usable, 1)
-        run.log.put({"threshold": curriculum_threshold(batch.step, run.total_steps, run.cfg.m0),
-                     "positive": positive.float().mean().item(), "value/bias": bias.mean().item(),
-                     "value/rmse": bias.square().mean().sqrt().item()})
+        bias = anchor(run, batch) - masked_mean(rewards, batch.usable, 1)
+        run.log.put(value_bias=bias.mean(), value_rmse=bias.square().mean().sqrt(),
+                    threshold=curriculum_threshold(batch.step, run.cfg.steps, run.cfg.m0))
 
-
-def record_samples(run, batch, values, positive, negative):
-    """Append this step's responses to samples.jsonl and now and then print two of them. Rank 0's own rows."""
+def record_samples(run, batch, positive, negative):
+    """Append rank 0's responses of this step to samples.jsonl; now and then print the best and the worst."""
     if RANK > 0:
         return
-    group, rows = batch.lengths.shape[1], []
-    rewards, side = mine(batch.rewards), mine(positive.int() - negative.int())
-    for i, text in enumerate(batch.texts):
-        p, g = divmod(i, group)
-        rows.append({"step": batch.step, "prompt": batch.prompts[p][0], "response": text,
-                     "reward": rewards[p, g].item(), "value": None if values is None else mine(values)[p].item(),
-                     "side": ("-", "", "+")[side[p, g].item() + 1], "kept": bool(side[p, g]),
-                     "truncated": not mine(batch.ended)[p, g].item()})
+    rewards, values, ended = (mine(x).tolist() for x in (batch.rewards, anchor(run, batch), batch.ended))
+    sides, group = mine(positive.int() - negative.int()).tolist(), batch.lengths.shape[1]
+    rows = [{"step": batch.step, "prompt": batch.prompts[p][0], "response": batch.texts[p * group + g],
+             "reward": rewards[p][g], "value": values[p], "side": {1: "+", 0: "", -1: "-"}[sides[p][g]],
+             "kept": sides[p][g] != 0, "truncated": not ended[p][g]} for p in range(len(sides)) for g in range(group)]
     run.log.append("samples.jsonl", *rows)
     if run.cfg.show_every and (batch.step - 1) % run.cfg.show_every == 0:
-        for row in (max(rows, key=lambda row: row["reward"]), min(rows, key=lambda row: row["reward"])):
-            say(f"  {row['prompt'][-1]['content'][-80:]!r} -> {row['response'][:160]!r}  R {row['reward']:.3f}")
+        for best in (max, min):
+            row = best(rows, key=lambda row: row["reward"])
+            say(f"  R {row['reward']:.3f}  {row['prompt'][-1]['content'][-80:]!r} -> {row['response'][:160]!r}")
 
-
-def health(run, record):
-    """One line for each way in which a run does nothing or drifts; said when it begins."""
-    start = run.log.reference.setdefault("spread", record["reward/spread"])
+def health(run):
+    """Say, when it begins, in which way a run does nothing or drifts. Returns what is wrong now."""
+    now = run.log.record
+    run.log.first_spread = run.log.first_spread or now["reward_spread"]
     checks = {
-        "nothing is kept: every |R - V| is below the threshold; lower --m0, or fit the value head (--stage value)":
-            record["kept"] == 0,
-        "no prompt has both signs: the reward model learns nothing; raise --group or fit the value head again":
-            record["kept"] > 0 and record["valid"] == 0 and run.cfg.rm_update in ("save", "mean_reward"),
-        "more than half of the responses are truncated: raise --max_new_tokens": record["truncated"] > 0.5,
-        "all rewards of each group are equal: nothing to learn from": record["reward/spread"] == 0,
-        "the reward model did not change: raise --lr_rm or use --dtype float32": record.get("rm/shift") == 0,
-        "reward spread is below half of its start: L_R deflates rewards at this speed; lower --lr_rm":
-            record["reward/spread"] < start / 2,
-    }
+        "nothing is kept, every |R - V| is below the threshold: lower --m0": now["kept"] == 0,
+        "no prompt has both signs, the reward model learns nothing: raise --group, or --value_epochs to fit V better":
+            now["kept"] > 0 == now["valid"] and run.cfg.rm_update in ("save", "mean_reward"),
+        "V is off by more than the reward spread: raise --value_lr or --value_epochs, or --lr_value":
+            abs(now.get("value_bias", 0)) > now["reward_spread"] > 0,
+        "more than half of the responses are truncated: raise --max_new_tokens": now["truncated"] > 0.5,
+        "the rewards of each group are equal, nothing to learn from: raise --temperature": now["reward_spread"] == 0,
+        "the reward model did not change: raise --lr_rm or use --dtype float32": now.get("reward_shift") == 0,
+        "reward spread is below half of its start, L_R deflates it: lower --lr_rm":
+            now["reward_spread"] < run.log.first_spread / 2}
     failing = {text for text, found in checks.items() if found}
-    for text in sorted(failing - run.log.warned):
-        say(f"  health: step {record['step']}: {text}")
-    run.log.warned = failing
+    for text in sorted(failing - run.log.failing):
+        say("  health: " + text)
+    run.log.failing = failing
     return sorted(failing)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 13. stages
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 13. stages -----------------------------------------------------------------------------------------------------
 def heldout_accuracy(run, heldout):
     """Share of pairs with R(chosen) > R(rejected), in percent, for each --heldout file; a tie counts as wrong."""
-    result = {}
     for name, pairs in heldout.items():
-        own = mine(pairs)
-        rewards, _ = score(run.rm, [side for pair in own for side in pair], run.cfg.token_budget) if own else (None, None)
-        correct = (rewards[0::2] > rewards[1::2]).sum().item() if own else 0
-        result[name] = 100 * total(correct)[0] / len(pairs)
-    if result:
-        say("RM accuracy: " + "  ".join(f"{name} {value:.2f}" for name, value in result.items()))
-    return {f"accuracy/{name}": value for name, value in result.items()}
-
+        own = [side for pair in mine(pairs) for side in pair]
+        rewards, _ = score(run.rm, own, run.cfg.micro_tokens)
+        accuracy = 100 * total((rewards[0::2] > rewards[1::2]).sum())[0] / len(pairs)
+        run.log.put(**{f"accuracy_{name}": accuracy})
+        say(f"  accuracy on {name}: {accuracy:.2f} % of {len(pairs)} pairs")
 
 def each_step(run, heldout, stage):
-    """Yield the steps of a stage; around them resume, log, evaluate and save."""
-    first = load_checkpoint(run) + 1
-    if first == 1:
-        run.log.put(heldout_accuracy(run, heldout))
-        run.log.write(0, stage=stage)
-    for step in tqdm(range(first, run.total_steps + 1), initial=first - 1, total=run.total_steps, desc=stage,
-                     disable=RANK > 0):
+    """Yield the steps of a stage; around them resume, evaluate, log and save."""
+    steps, done = run.cfg.steps, load_checkpoint(run)
+    if not done:
+        heldout_accuracy(run, heldout)
+        run.log.write(0, stage)
+    for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, desc=stage, disable=RANK > 0):
         start = time.perf_counter()
         yield step
-        run.log.put({"seconds/step": round(time.perf_counter() - start, 3)})
-        if step == run.total_steps or (run.cfg.eval_every and step % run.cfg.eval_every == 0):
-            run.log.put(heldout_accuracy(run, heldout))
-        yield_record = run.log.write(step, stage=stage)
-        say(console_line(yield_record, run.total_steps))
+        run.log.put(step_seconds=time.perf_counter() - start)
+        if step == steps or (run.cfg.eval_every and step % run.cfg.eval_every == 0):
+            heldout_accuracy(run, heldout)
+        run.log.write(step, stage)
         if run.cfg.save_every and step % run.cfg.save_every == 0:
             save_checkpoint(run, step)
-
-
-def console_line(record, steps):
-    """The step in one line: what is in the record, in this order."""
-    shown = {"loss": "rm/loss", "acc": "rm/accuracy", "R": "reward/mean", "spread": "reward/spread", "V-R": "value/bias",
-             "kept": "kept", "valid": "valid", "trunc": "truncated", "shift": "rm/shift", "kl": "policy/kl",
-             "tok/s": "tokens/second", "s": "seconds/step"}
-    return f"step {record['step']}/{steps}  " + "  ".join(f"{label} {record[name]:.4g}" for label, name in shown.items()
-                                                         if name in record)
-
 
 def preference_stage(run, pairs, heldout):
     """Stage 1, Eq. 11: Bradley-Terry on chosen and rejected."""
     cfg = run.cfg
-    run.optimizers = {"rm": ShardedAdamW(run.rm.model, cfg.lr_rm, cfg)}
-    to_working_copy(run.rm, cfg)
 
     def micro_loss(model, index):
-        rewards = model(*reward_inputs([side for i in index for side in batch[i]], cfg.torch_device))[0]
-        correct.append((rewards[0::2] > rewards[1::2]).sum().item())
+        rewards = model(*model_inputs([side for i in index for side in batch[i]], cfg.device))[0]
         loss = bradley_terry_loss(rewards[0::2], rewards[1::2]) * len(index) / cfg.batch
-        losses.append(loss.item())
+        sums.add_(torch.tensor([loss.item(), (rewards[0::2] > rewards[1::2]).sum().item() / cfg.batch]))
         return loss
 
     for step in each_step(run, heldout, "preference"):
         batch = mine(draw(pairs, cfg.seed, "pairs", (step - 1) * cfg.batch, cfg.batch))
-        correct, losses = [], []
-        lengths = [2 * max(len(ids) for ids, _ in pair) for pair in batch]
+        sums = torch.zeros(2)
+        longer = [max(pair, key=lambda side: len(side[0])) for pair in batch]
         with run.log.time("rm_update"), frozen(run.rm.value_head):
-            accumulate(run.rm, micro_batches(lengths, cfg.token_budget), micro_loss, cfg.recompute)
-            norm = run.optimizers["rm"].step(run.lr_scale(step))
-        loss, right = total(sum(losses), sum(correct))
-        run.log.put({"rm/loss": loss, "rm/accuracy": right / cfg.batch, "rm/grad_norm": norm})
+            accumulate(run.rm, micro_batches(range(len(batch)), longer, cfg.micro_tokens // 2), micro_loss)
+            run.log.put(rm_grad_norm=run.optimizers["rm"].step(run.lr_scale(step)))
+        loss, accuracy = total(*sums)
+        run.log.put(rm_loss=loss, rm_accuracy=accuracy)
     save_models(run)
-
 
 def value_stage(run, prompts):
     """Stage 2, Eq. 12: fit V to the mean reward of K responses of the sampling policy; the reward model is frozen.
 
     Each prompt is sampled and scored once; rewards and features are kept, so further epochs cost nothing.
     """
-    cfg = run.cfg
-    count = cfg.value_prompts or min(len(prompts), cfg.batch * run.total_steps)
+    cfg, batches = run.cfg, []
+    count = cfg.value_prompts or min(len(prompts), cfg.batch * cfg.steps)
     count = max(1, count // cfg.batch) * cfg.batch  # whole batches: every rank has the same number of prompts
     chosen = draw(prompts, cfg.seed, "value prompts", 0, count)
-    rewards, features, usable = [], [], []
     for start in tqdm(range(0, count, cfg.batch), desc="value: sample and score", disable=RANK > 0):
-        with run.log.time("rollout"):
-            batch = sample(run, chosen[start:start + cfg.batch], cfg.value_k, start, "value")
+        batch = sample(run, chosen[start:start + cfg.batch], cfg.value_k, start, "value")
         score_batch(run, batch)
-        rewards.append(batch.rewards)
-        features.append(batch.features)
-        usable.append(torch.ones_like(batch.usable) if cfg.v_full_group else batch.usable)
-    rewards, features, usable = torch.cat(rewards), torch.cat(features), torch.cat(usable)
-    run.optimizers = {"value": ShardedAdamW(run.rm.value_head, cfg.value_lr, cfg)}
-    losses = [value_step(run, rewards[part], features[part], usable[part])
-              for _ in range(cfg.value_epochs) for part in torch.arange(count).split(cfg.value_batch)]
+        usable = torch.ones_like(batch.usable) if cfg.v_full_group else batch.usable
+        batches.append((batch.rewards, batch.features, usable))
+    data = [torch.cat(tensors) for tensors in zip(*batches)]
+    run.optimizers["value"] = ShardedAdamW(run.rm.value_head, cfg.value_lr, cfg)
+    for _ in range(cfg.value_epochs):
+        for part in torch.arange(count).split(cfg.value_batch):
+            value_step(run, *(x[part] for x in data))
     run.rm.has_value_head = True
     with torch.no_grad():
-        values, targets = run.rm.value(features), masked_mean(rewards, usable, 1)
-        fitted = value_loss(values, rewards, usable).item()
-        unfitted = masked_mean((targets - masked_mean(targets, usable.any(1))) ** 2, usable.any(1)).item()
-    run.log.put({"value/loss_first": losses[0], "value/loss_fitted": fitted, "value/target_variance": unfitted,
-                 "value/explained": 1 - fitted / unfitted if unfitted else 0.0})
-    record = run.log.write(0, stage="value")
-    say(f"value head: {count} prompts x {cfg.value_k}, mean squared error {fitted:.4g}, it explains "
-        f"{100 * record['value/explained']:.1f} % of the variance {unfitted:.4g} of the group means (fitted prompts)")
-    if RANK == 0:  # a resumed run finds it here
-        with replaced_folder(Path(cfg.out, "value_head")) as folder:
-            save_value_head(run.rm, folder)
-
+        rewards, features, usable = data
+        targets = masked_mean(rewards, usable, 1)
+        error, variance = value_loss(run.rm.value(features), rewards, usable).item(), targets.var(correction=0).item()
+    run.log.put(value_loss=error, value_target_variance=variance)
+    run.log.write(0, "value")
+    say(f"value head: mean squared error {error:.4g} on its own {count} prompts x {cfg.value_k} responses; the variance "
+        f"of their mean rewards is {variance:.4g}")
 
 def save_step(run, step, prompts):
     """Algorithm 2, lines 2 to 17. `prompts`: this step's, for all ranks."""
     cfg, log = run.cfg, run.log
-    with log.time("rollout"):
-        batch = sample(run, prompts, cfg.group, step)
+    batch = sample(run, prompts, cfg.group, step)
     score_batch(run, batch)
     positive, negative, valid = filtered(run, batch, batch.usable)  # step 1
-    values = anchor(run, batch) if cfg.rm_update in ("save", "mean_reward") else None
     record_scores(run, batch, positive, negative, valid)
-    record_samples(run, batch, values, positive, negative)
-    log.put({"tokens/second": batch.lengths.sum().item() / log.seconds["rollout"]})
+    record_samples(run, batch, positive, negative)
 
     if cfg.rm_update != "none":  # step 2
         before = batch.rewards
         if reward_model_step(run, batch, positive, negative):
             score_batch(run, batch)
-            log.put({"rm/shift": (batch.rewards - before).abs().mean().item()})
+            log.put(reward_shift=(batch.rewards - before).abs().mean())
         if cfg.rm_update == "save":
             usable = None if cfg.v_full_group else batch.usable
-            log.put({"value/loss": value_step(run, batch.rewards, batch.features, usable, run.lr_scale(step))})
+            log.put(value_loss=value_step(run, batch.rewards, batch.features, usable, run.lr_scale(step)))
 
     positive, negative, valid = filtered(run, batch, batch.usable if cfg.mask_truncated else None)  # step 3
-    log.put({"survivors": (positive | negative).float().mean().item()})
     policy_step(run, batch, positive | negative, valid)
-    log.put({"health": health(run, {"step": step, **log.record})})
-
+    log.put(health=health(run))
 
 def save_stage(run, prompts, heldout):
     """Algorithm 2: the reward model and the policy train each other for T steps."""
@@ -1578,18 +1349,14 @@ def save_stage(run, prompts, heldout):
         save_step(run, step, draw(prompts, run.cfg.seed, "prompts", (step - 1) * run.cfg.batch, run.cfg.batch))
     save_models(run)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 14. main
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 14. main -------------------------------------------------------------------------------------------------------
 def main(argv=None):
     """Parse, check, load, run. Bad input: one line on stderr and exit code 2, before anything is written."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        cfg = parse_config(argv)
-        cfg.check()
-        start_ranks(cfg.torch_device)
+        cfg = parse_config(argv).checked()
+        start_ranks(cfg.device)
         train(cfg)
     except UsageError as error:
         if RANK == 0:
@@ -1599,66 +1366,53 @@ def main(argv=None):
         if WORLD > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
-
 def train(cfg):
     """Read all input before writing any output, then run the stages asked for."""
-    preference = cfg.stage == "preference"
-    cfg = dataclasses.replace(cfg, lr_rm=cfg.lr_rm if cfg.lr_rm is not None else 1e-5 if preference else 1e-7)
     if checkpoints(cfg.out) and not cfg.resume:
-        fail(f"--out {cfg.out}: it holds checkpoints of an earlier run; --resume continues it, another --out starts anew")
+        fail(f"--out {cfg.out}: it holds checkpoints of an earlier run: --resume, or another --out")
+    preference, saving = cfg.stage == "preference", cfg.stage in ("", "save")
     rm_tokenizer = load_tokenizer(cfg.rm, "rm")
     heldout = {name_of(file): read_pairs(cfg, file, "heldout", rm_tokenizer) for file in cfg.heldout}
-    run = Run(cfg, None)
-    if preference:
-        pairs = read_pairs(cfg, cfg.pairs, "pairs", rm_tokenizer)
-        run.rm = one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm, new_head=True, seed=cfg.seed))
-        run.total_steps = cfg.steps or max(1, len(pairs) * cfg.epochs // cfg.batch)
-        run.log = Log(cfg)
-        return preference_stage(run, pairs, heldout)
-
-    prompts = read_prompts(cfg, load_tokenizer(cfg.policy, "policy"))
-    run.rm = one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm))
-    run.policy = one_rank_at_a_time(lambda: Policy.from_pretrained(cfg.policy))
-    run.total_steps = cfg.steps or 320
-    check_context(cfg, run)
-    kept = Path(cfg.out, "value_head", "value_head.safetensors")
-    if cfg.resume and kept.is_file():
-        run.rm.value_head.load_state_dict(safetensors.torch.load_file(kept))
-        run.rm.has_value_head = True
-    needs_anchor = cfg.rm_update == "save" and not run.rm.has_value_head
-    if cfg.stage == "save" and needs_anchor:
+    data = read_pairs(cfg, cfg.pairs, "pairs", rm_tokenizer) if preference else \
+        read_prompts(cfg, load_tokenizer(cfg.policy, "policy"))
+    if preference and cfg.steps is None:
+        cfg = dataclasses.replace(cfg, steps=max(1, len(data) * cfg.epochs // cfg.batch))
+    run = Run(cfg, one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm, preference, cfg.seed)))
+    if cfg.stage == "save" and cfg.rm_update == "save" and not run.rm.has_value_head:
         fail(f"--rm {cfg.rm}: it holds no value_head.safetensors; run --stage value first, or leave --stage out")
-    run.log = Log(cfg)
-    # masters first: they are taken in the checkpoint's precision, before the working copy is rounded to --dtype
-    optimizers = {} if cfg.stage == "value" else {"policy": ShardedAdamW(run.policy.model, cfg.lr_policy, cfg,
-                                                                        keep_initial=cfg.kl_coef > 0)}
-    if cfg.rm_update != "none" and cfg.stage != "value":
-        optimizers["rm"] = ShardedAdamW(run.rm.model, cfg.lr_rm, cfg)
+    # masters before working copies: they are taken in the checkpoint's precision, before it is rounded to --dtype
+    if preference or (saving and cfg.rm_update != "none"):
+        run.optimizers["rm"] = ShardedAdamW(run.rm.model, cfg.lr_rm, cfg)
     to_working_copy(run.rm, cfg)
-    to_working_copy(run.policy, cfg)
-    if cfg.stage == "value" or needs_anchor:
-        value_stage(run, prompts)
+    if not preference:
+        run.policy = one_rank_at_a_time(lambda: Policy.from_pretrained(cfg.policy))
+        check_context(cfg, run)
+        if saving:
+            run.optimizers["policy"] = ShardedAdamW(run.policy.model, cfg.lr_policy, cfg, keep_initial=cfg.kl_coef > 0)
+        to_working_copy(run.policy, cfg).check_logits(cfg.policy)
+
+    run.log = Log(cfg)
+    if preference:
+        return preference_stage(run, data, heldout)
+    if cfg.stage == "value" or (cfg.rm_update == "save" and not run.rm.has_value_head and not resumable(cfg)):
+        value_stage(run, data)
     if cfg.stage == "value":
         return save_models(run)
     if cfg.rm_update == "save":
-        optimizers["value"] = ShardedAdamW(run.rm.value_head, cfg.lr_value, cfg)
-    run.optimizers = optimizers
-    save_stage(run, prompts, heldout)
-
+        run.optimizers["value"] = ShardedAdamW(run.rm.value_head, cfg.lr_value, cfg)
+    save_stage(run, data, heldout)
 
 def name_of(source):
     """data/heldout_id.jsonl.gz -> heldout_id."""
     return re.sub(r"(\.jsonl?)?(\.gz)?$", "", Path(source).name)
-
 
 def check_context(cfg, run):
     """A prompt and the longest response must fit both models."""
     for flag, model in (("policy", run.policy.model), ("rm", run.rm.model)):
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit and cfg.max_prompt_tokens + cfg.max_new_tokens > limit:
-            fail(f"--max_prompt_tokens {cfg.max_prompt_tokens} and --max_new_tokens {cfg.max_new_tokens}: expected at most "
-                 f"{limit} together, the context of --{flag} {getattr(cfg, flag)}")
-
+            fail(f"--max_prompt_tokens {cfg.max_prompt_tokens} and --max_new_tokens {cfg.max_new_tokens}: expected at "
+                 f"most {limit} together, the context of --{flag} {getattr(cfg, flag)}")
 
 if __name__ == "__main__":
     main()
