@@ -734,7 +734,7 @@ def rollout(policy, prompt_ids, group, seeds, *, max_new_tokens, temperature, to
     return responses, ended
 
 def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
-    """One wave: prefill each prompt once, then decode all rows together. -> tokens (n,R), -1 after the end; ended (n,)."""
+    """One wave: prefill each prompt once, then decode all rows. -> tokens (n,R), -1 after the end; ended (n,)."""
     model, device = policy.model, next(policy.parameters()).device
     lengths = torch.tensor([len(ids) for ids in prompt_ids], device=device)
     width = int(lengths.max())
@@ -1318,8 +1318,8 @@ def value_stage(run, prompts):
         error, variance = value_loss(run.rm.value(features), rewards, usable).item(), targets.var(correction=0).item()
     run.log.put(value_loss=error, value_target_variance=variance)
     run.log.write(0, "value")
-    say(f"value head: mean squared error {error:.4g} on its own {count} prompts x {cfg.value_k} responses; the variance "
-        f"of their mean rewards is {variance:.4g}")
+    say(f"value head: mean squared error {error:.4g} on its own {count} prompts x {cfg.value_k} responses; "
+        f"the variance of their mean rewards is {variance:.4g}")
 
 def save_step(run, step, prompts):
     """Algorithm 2, lines 2 to 17. `prompts`: this step's, for all ranks."""

@@ -1,0 +1,22 @@
+"""Put the repository root (save.py) and this folder (toy.py) on the path; keep the hub out of the tests."""
+import os
+import pathlib
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """The laptop world's folders with tiny untrained models: policy/, rm/, prompts.jsonl, pairs.jsonl, heldout_id.jsonl."""
+    import toy
+    path = tmp_path_factory.mktemp("world")
+    toy.tiny_world(path)
+    return path
