@@ -53,8 +53,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          DynamicCache)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DynamicCache,
+)
 
 # ---- 2. configuration -----------------------------------------------------------------------------------------------
 
@@ -1001,26 +1006,29 @@ def policy_step(run, batch, keep, valid):
     if not trained.any():
         return
     rows = mine(trained).flatten().nonzero()[:, 0].tolist()
+    baseline = trained if cfg.adv_group == "survivors" else torch.ones_like(keep)
+    needed = mine(baseline).flatten().nonzero()[:, 0].tolist()
     old = reference = None
     with run.log.time("log_probs"):
         if cfg.num_minibatches > 1 or cfg.algo == "rloo":
-            old = response_log_probs(run, batch, rows)
+            old = response_log_probs(run, batch, needed)
         if cfg.kl_coef:
             with run.optimizers["policy"].swapped():
-                reference = response_log_probs(run, batch, rows)
+                reference = response_log_probs(run, batch, needed)
     rewards = batch.rewards
     if cfg.algo == "rloo" and cfg.kl_coef:  # k1 of the whole sequence, in the reward
         rewards = rewards - cfg.kl_coef * gather((old - reference).sum(1).view(-1, group))
-    advantages = ADVANTAGES[cfg.algo](rewards, trained if cfg.adv_group == "survivors" else torch.ones_like(keep))
+    advantages = ADVANTAGES[cfg.algo](rewards, baseline)
     own_advantages, own_trained = mine(advantages).flatten(), mine(trained).flatten()
     sums = torch.zeros(3)
 
     def micro_loss(model, rows):
         log_probs, mask = model(*model_inputs([batch.sequences[row] for row in rows], cfg.device), cfg.temperature)
         width = log_probs.shape[1]
+        # a single update: the ratio is exactly 1, where a second bf16 pass would put noise into it
+        before = log_probs if cfg.num_minibatches == 1 else old[rows, :width]
         loss, stats = policy_loss(
-            log_probs, log_probs if old is None else old[rows, :width],
-            log_probs if reference is None else reference[rows, :width], own_advantages[rows], mask,
+            log_probs, before, log_probs if reference is None else reference[rows, :width], own_advantages[rows], mask,
             algo=cfg.algo, clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef)
         weight = own_trained[rows].sum().item() / count  # 0 for a rank that only takes part
         sums.add_(torch.tensor([loss.item(), stats["kl"].item(), stats["clipped"].item()]) * weight)
@@ -1028,7 +1036,7 @@ def policy_step(run, batch, keep, valid):
 
     with run.log.time("policy_update"):
         for part in torch.arange(len(keep)).chunk(cfg.num_minibatches):  # by prompt, in the global order
-            count = int(trained[part].sum())
+            count = int(trained[part].sum())  # rows of this minibatch on all ranks, the mean's denominator
             if count == 0:
                 continue
             part_rows = [row for row in rows if RANK + WORLD * (row // group) in part] or [0]

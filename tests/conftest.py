@@ -15,7 +15,7 @@ torch.set_num_threads(2)
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """The laptop world's folders with tiny untrained models: policy/, rm/, prompts.jsonl, pairs.jsonl, heldout_id.jsonl."""
+    """The laptop world's files with tiny untrained models."""
     import toy
     path = tmp_path_factory.mktemp("world")
     toy.tiny_world(path)

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# bash run.sh [flags]         the whole pipeline on the laptop world, two CPU cores, minutes; flags go to save.py
+# bash run.sh test [flags]    the tests; flags go to pytest
+# bash run.sh paper [flags]   the paper's run on 4 GPUs; flags go to save.py
+# The first use makes .venv and installs requirements.txt; PYTHON=/path/to/python uses an environment of yours instead.
+# WORLD=annealed|constant|noisy and SEED=0 choose the laptop world, OUT=runs/laptop where it goes.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+setup() {
+  if [ -n "${PYTHON:-}" ]; then return; fi
+  PYTHON=.venv/bin/python
+  if ! cmp -s requirements.txt .venv/installed.txt; then
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "run.sh: Python 3.11 or newer is needed" >&2; exit 2; }
+    python3 -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    cp requirements.txt .venv/installed.txt
+  fi
+}
+
+laptop() {
+  local out=${OUT:-runs/laptop} world=${WORLD:-annealed} seed=${SEED:-0}
+  local data=$out/$world-$seed run=$out/$world-$seed-save
+  [ -f "$data/world.json" ] || "$PYTHON" tests/toy.py --out "$data" --world "$world" --seed "$seed"
+  rm -rf "$run"
+  "$PYTHON" save.py --policy "$data/policy" --rm "$data/rm" --prompts "$data/prompts.jsonl" --out "$run" \
+    --heldout "$data"/heldout_*.jsonl --steps 120 --batch 16 --group 8 --temperature 1 --top_p 1 --top_k 0 \
+    --max_new_tokens 8 --lr_rm 1e-5 --lr_value 1e-3 --lr_policy 5e-4 --value_prompts 512 --value_epochs 6 \
+    --value_lr 2e-3 --save_every 0 --show_every 40 --seed "$seed" "$@"
+  "$PYTHON" tests/toy.py --report "$data" "$run"
+}
+
+case "${1:-laptop}" in
+  test) setup; shift; "$PYTHON" -m pytest -q "$@" ;;
+  paper)
+    setup; shift
+    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
+      "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 4 save.py --out runs/paper "$@" ;;
+  laptop) setup; laptop "${@:2}" ;;
+  -*) setup; laptop "$@" ;;
+  *) echo "run.sh: $1: expected nothing, test, paper or flags of save.py" >&2; exit 2 ;;
+esac
