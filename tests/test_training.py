@@ -1,0 +1,349 @@
+"""How save.py trains: the sharded optimizer against torch's, and the steps of Algorithm 2 against plain graphs over
+all rows at once and the papers' formulas as loops."""
+import copy
+import dataclasses
+import json
+import math
+import statistics
+
+import pytest
+import torch
+from test_models import (  # noqa: F401
+    ASK,
+    END,
+    chats,
+    gradients,
+    one_thread,
+    plain_log_probs,
+    policy,
+    prompt_features,
+    reward_model,
+    same,
+    stock_rewards,
+    weights,
+)
+from torch import nn
+
+import save
+
+CPU = save.Config(device="cpu", dtype="float32")
+
+
+# ---------------------------------------------------------------- the optimizer
+def noisy_steps(model, optimizer, steps):
+    """Steps from random gradients of very different size; one parameter once has none, one step has another lr."""
+    norms = []
+    for i in steps:
+        numbers = torch.Generator().manual_seed(i)
+        for j, p in enumerate(model.parameters()):
+            p.grad = None if j == i == 1 else torch.randn(p.shape, generator=numbers) * 10.0 ** (i % 4 - 2)
+        norms.append(optimizer.step(0.5 if i == 3 else 1.0))
+    return norms
+
+
+class Plain:
+    """torch's own AdamW and clipping."""
+
+    def __init__(self, model, lr):
+        self.parameters, self.lr = list(model.parameters()), lr
+        self.adamw = torch.optim.AdamW(self.parameters, lr, weight_decay=0.0)
+
+    def step(self, scale):
+        self.adamw.param_groups[0]["lr"] = self.lr * scale
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0).item()
+        self.adamw.step()
+        return norm
+
+
+def test_sharded_adamw_is_adamw_with_clipping():
+    ours, plain = reward_model(), reward_model()
+    before = weights(ours)
+    norms = noisy_steps(ours, save.ShardedAdamW(ours, 1e-2, CPU), range(6))
+    assert norms == pytest.approx(noisy_steps(plain, Plain(plain, 1e-2), range(6)), rel=1e-5)
+    assert min(norms) < 1 < max(norms) and all(p.grad is None for p in ours.parameters())
+    same(weights(ours), weights(plain), 1e-6)
+    assert not any(torch.equal(p, before[name]) for name, p in ours.named_parameters())
+
+
+def test_masters_move_where_bf16_weights_cannot():
+    torch.manual_seed(0)
+    model, cfg = nn.Linear(64, 64, bias=False), dataclasses.replace(CPU, dtype="bfloat16")
+    model.weight.data = (torch.randn(64, 64) * 0.02).bfloat16().float()
+    start, plain = model.weight.detach().clone(), nn.Parameter(model.weight.detach().bfloat16())
+    optimizer = save.ShardedAdamW(model, 1e-7, cfg, keep_initial=True)
+    save.to_working_copy(model, cfg)
+    adamw = torch.optim.AdamW([plain], 1e-7, weight_decay=0.0)
+    for _ in range(300):
+        model.weight.grad, plain.grad = torch.ones_like(model.weight), torch.ones_like(plain)
+        optimizer.step()
+        adamw.step()
+    masters = optimizer.masters["weight"].detach()
+    same(start - masters, torch.full((64, 64), 300e-7), 1e-6)
+    changed, without = ((w.float() != start).float().mean() for w in (model.weight, plain))
+    assert without < 0.02 and 0.3 < changed < 0.9
+    same(model.weight.detach(), masters.bfloat16())
+    same(optimizer.full_state()["weight"], masters)
+    with optimizer.swapped():
+        same(model.weight.detach().float(), start)
+    same(model.weight.detach(), masters.bfloat16())
+
+
+def test_swapped_shows_the_initial_weights_and_a_reloaded_optimizer_continues_alike():
+    model, other = reward_model(), reward_model(seed=1)
+    start, optimizer = weights(model), save.ShardedAdamW(model, 1e-2, CPU, keep_initial=True)
+    noisy_steps(model, optimizer, range(3))
+    after, state = weights(model), {name: x.clone() for name, x in optimizer.state_dict().items()}
+    with optimizer.swapped():
+        same(weights(model), start)
+    same(weights(model), after)
+    assert not torch.equal(after["value_head.weight"], start["value_head.weight"])
+
+    resumed = save.ShardedAdamW(other, 1e-2, CPU)
+    for name, x in state.items():
+        resumed.load(*name.split(".", 1), lambda: x.clone())
+    resumed.publish(resumed.masters)
+    same(weights(other), after)
+    noisy_steps(model, optimizer, range(3, 6))
+    noisy_steps(other, resumed, range(3, 6))
+    same(weights(other), weights(model))
+
+
+@pytest.mark.parametrize("bad", (math.nan, math.inf))
+def test_a_gradient_that_is_not_finite_changes_nothing(bad):
+    model = reward_model()
+    optimizer = save.ShardedAdamW(model, 1e-2, CPU)
+    noisy_steps(model, optimizer, range(2))
+    before, state = weights(model), {name: x.clone() for name, x in optimizer.state_dict().items()}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model.value_head.bias.grad.fill_(bad)
+    with pytest.raises(FloatingPointError, match="gradient norm"):
+        optimizer.step()
+    same(weights(model), before)
+    same(optimizer.state_dict(), state)
+
+
+@pytest.mark.parametrize("world, loads", [(2, [12, 12]), (8, [7, 6, 5, 3, 2, 1, 0, 0])])
+def test_ranks_own_disjoint_balanced_shares_that_make_one_adamw(monkeypatch, world, loads):
+    def build():
+        return nn.ParameterDict({str(n): nn.Parameter(torch.linspace(-1, 1, n)) for n in (1, 2, 3, 5, 6, 7)})
+
+    plain, owned = build(), {}
+    noisy_steps(plain, Plain(plain, 1e-2), range(3))
+    monkeypatch.setattr(save, "WORLD", world)
+    monkeypatch.setattr(save, "broadcast", lambda tensor, source: None)
+    for rank in range(world):
+        monkeypatch.setattr(save, "RANK", rank)
+        model = build()
+        optimizer = save.ShardedAdamW(model, 1e-2, CPU)
+        noisy_steps(model, optimizer, range(3))
+        assert sum(p.numel() for p in optimizer.masters.values()) == loads[rank]
+        assert not owned.keys() & optimizer.masters.keys()
+        owned.update({name: model[name].detach() for name in optimizer.masters})
+    same(owned, {name: plain[name].detach() for name in owned}, 1e-7)
+    assert owned.keys() == weights(plain).keys()
+
+
+# ---------------------------------------------------------------- the three steps
+def bits(*rows):
+    return torch.tensor([[c == "1" for c in row] for row in rows])
+
+
+# four groups of four responses: both signs, one sign only, both, a single survivor
+POSITIVE, NEGATIVE = bits("1010", "1100", "1000", "0010"), bits("0100", "0000", "0011", "0000")
+USABLE, VALID = bits("1111", "1110", "0000", "1101"), torch.tensor([True, False, True, False])
+TEXTS = ("abc", "ja", "dddddddd", "h")
+
+
+class Recording(save.ShardedAdamW):
+    """Keeps the weights and the gradients of each of its steps."""
+
+    def step(self, *args):
+        named = [(name, p) for name, p in self.named if p.grad is not None]
+        self.seen.append(({name: p.detach().clone() for name, p in named}, {name: p.grad for name, p in named}))
+        return super().step(*args)
+
+
+def make_run(out, **options):
+    """A Run as save.train makes it, its prompts and its first batch."""
+    defaults = dict(stage="save", device="cpu", out=str(out), batch=4, group=4, steps=4, max_new_tokens=10, top_p=1.0,
+                    lr_rm=1e-2, lr_policy=1e-3, lr_value=1e-2, max_grad_norm=0.0, save_every=0, show_every=0)
+    cfg = save.Config(**{**defaults, **options}).checked()
+    run = save.Run(cfg, reward_model(), policy(), save.Log(cfg))
+    run.optimizers = {"rm": Recording(run.rm.model, cfg.lr_rm, cfg),
+                      "value": Recording(run.rm.value_head, cfg.lr_value, cfg),
+                      "policy": Recording(run.policy.model, cfg.lr_policy, cfg, keep_initial=True)}
+    for optimizer in run.optimizers.values():
+        optimizer.seen = []
+    asked = [[{"role": "user", "content": text}] for text in TEXTS]
+    prompts = [(messages, save.encode_chat(run.policy.tokenizer, messages, True)) for messages in asked]
+    batch = save.sample(run, prompts, cfg.group, 1)
+    save.score_batch(run, batch)
+    return run, prompts, batch
+
+
+def changed(module, before):
+    return {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+
+
+def test_responses_are_put_into_the_words_of_both_models(tmp_path):
+    run, prompts, batch = make_run(tmp_path)
+    for row, ((ids, length), (chat, prompt_length)) in enumerate(zip(batch.sequences, batch.chats)):
+        text, response, ended = TEXTS[row // 4], ids[length:], ids[-1] == END
+        said = run.policy.tokenizer.decode(response, skip_special_tokens=True)
+        assert run.policy.tokenizer.decode(ids[:length]) == f"<user>{text}<end><assistant>"
+        assert run.rm.tokenizer.decode(chat) == f"<s><user>{text}<end><assistant>{said}<end>"
+        assert run.rm.tokenizer.decode(chat[:prompt_length]) == f"<s><user>{text}<end>"
+        table = (x.flatten()[row].item() for x in (batch.lengths, batch.ended, batch.usable))
+        assert list(table) == [len(response), ended, ended]
+    assert 0 < batch.ended.sum() < 16 and len({tuple(ids) for ids, _ in batch.sequences}) == 16
+    same(batch.rewards.flatten(), stock_rewards(run.rm.model, batch.chats), 1e-5)
+    same(batch.features, prompt_features(run.rm.model, batch.chats[::4]), 1e-5)
+    draws = [save.sample(run, prompts, 4, *key).sequences for key in ((1,), (2,), (1, "value"))]
+    assert draws[0] == batch.sequences and draws[0] != draws[1] != draws[2] != draws[0]
+
+
+@pytest.mark.parametrize("micro_tokens", (1, 60, 10**6))
+@pytest.mark.parametrize("update", ("save", "mean_reward", "hl_bt"))
+def test_the_reward_model_step_has_the_gradient_of_the_plain_graph(tmp_path, update, micro_tokens):
+    run, _, batch = make_run(tmp_path, rm_update=update, micro_tokens=micro_tokens)
+    batch.usable, before, forwarded = USABLE, weights(run.rm), []
+    rewards, values = run.rm(*save.model_inputs(batch.chats, "cpu"))
+    groups = [rewards.view(4, 4)[p][USABLE[p]] for p in range(4)]
+    if update == "hl_bt":
+        loss = sum((1 + (group.min() - group.max()).exp()).log() for group in groups if len(group)) / 3
+    else:
+        means = torch.stack([group.mean() if len(group) else torch.tensor(0.0) for group in groups])
+        loss = save.contrastive_loss(rewards.view(4, 4), values[::4] if update == "save" else means, POSITIVE, NEGATIVE)
+    want = gradients(run.rm.model, loss)
+    run.rm.register_forward_pre_hook(lambda module, inputs: forwarded.append(len(inputs[0])))
+    assert save.reward_model_step(run, batch, POSITIVE, NEGATIVE) is True
+    same(run.optimizers["rm"].seen[0][1], want, 1e-6)
+    assert sum(forwarded) == 6  # rows with a gradient: the kept ones of both valid prompts, or two of each of three
+    assert changed(run.rm, before) == {f"model.{name}" for name in want}
+    assert all(p.requires_grad for p in run.rm.parameters()) and not run.rm.training
+
+
+def test_without_valid_prompts_only_the_value_head_learns(tmp_path):
+    run, _, batch = make_run(tmp_path, value_coef=3.0)
+    before = weights(run.rm)
+    assert save.reward_model_step(run, batch, POSITIVE, torch.zeros_like(NEGATIVE)) is False
+    assert not changed(run.rm, before) and not run.optimizers["rm"].seen
+    some, values = [p for p in range(4) if USABLE[p].any()], run.rm.value(batch.features).tolist()
+    errors = [values[p] - batch.rewards[p][USABLE[p]].mean().item() for p in some]
+    loss = save.value_step(run, batch.rewards, batch.features, USABLE)
+    assert loss == pytest.approx(sum(e * e for e in errors) / 3, rel=1e-5)
+    want = 3.0 * sum(2 * e * batch.features[p] for e, p in zip(errors, some)) / 3
+    same(run.optimizers["value"].seen[0][1]["weight"][0], want, 1e-4)
+    assert changed(run.rm, before) == {"value_head.weight", "value_head.bias"}
+
+
+def plain_policy_loss(cfg, batch, trained, model, old_model, initial, prompts):
+    """Step 3 row by row, from the whole logits of plain transformers."""
+    losses = []
+    for p in prompts:
+        kept = [g for g in range(4) if trained[p][g]]
+        base = kept if cfg.adv_group == "survivors" else range(4)
+        lp, old, ref = ({g: plain_log_probs(m, *batch.sequences[4 * p + g], cfg.temperature) for g in base}
+                        for m in (model, old_model, initial))
+        rewards = {g: batch.rewards[p, g].item() for g in base}
+        if cfg.algo == "rloo":
+            rewards = {g: r - cfg.kl_coef * (old[g] - ref[g]).sum().item() for g, r in rewards.items()}
+        for g in kept:
+            advantage = rewards[g] - statistics.mean(r for h, r in rewards.items() if h != g)
+            if cfg.algo != "rloo":
+                spread = statistics.stdev(rewards.values())
+                advantage = (rewards[g] - statistics.mean(rewards.values())) / (spread + 1e-4)
+            change, gap = lp[g] - old[g].detach(), ref[g].detach() - lp[g]
+            ratio = {"grpo": change, "gspo": change.mean(), "rloo": change.sum()}[cfg.algo].exp()
+            gain = torch.minimum(ratio * advantage, ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * advantage)
+            kl = 0 if cfg.algo == "rloo" else cfg.kl_coef * (gap.exp() - gap - 1)
+            losses.append((kl - gain).mean())
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("algo", ("grpo", "gspo", "rloo"))
+@pytest.mark.parametrize("options", [{}, {"num_minibatches": 2}, {"adv_group": "full", "micro_tokens": 1},
+                                     {"kl_coef": 0.0}, {"policy_requires_both_signs": True}], ids=str)
+def test_the_policy_step_has_the_gradient_of_the_formulas(tmp_path, algo, options):
+    run, _, batch = make_run(tmp_path, algo=algo, **{"kl_coef": 0.3, **options})
+    cfg, optimizer, initial = run.cfg, run.optimizers["policy"], copy.deepcopy(run.policy.model)
+    noisy_steps(run.policy.model, optimizer, range(3))  # away from the reference
+    old, trained = copy.deepcopy(run.policy.model), (POSITIVE | NEGATIVE) & bits("1111", "1111", "1111", "0000")
+    trained = trained & VALID[:, None] if cfg.policy_requires_both_signs else trained
+    save.policy_step(run, batch, POSITIVE | NEGATIVE, VALID)
+    parts = [range(2), range(2, 4)] if cfg.num_minibatches == 2 else [range(4)]
+    assert len(optimizer.seen) == 3 + len(parts)
+    for part, (at, got) in zip(parts, optimizer.seen[3:]):
+        model = copy.deepcopy(old)
+        model.load_state_dict(at, strict=False)
+        same(got, gradients(model, plain_policy_loss(cfg, batch, trained, model, old, initial, part)), 2e-5)
+    assert changed(run.policy.model, weights(old)) == set(got)
+
+
+def test_one_update_of_gspo_is_one_of_grpo_and_single_survivors_are_none(tmp_path):
+    after = {}
+    for algo in ("grpo", "gspo"):
+        run, _, batch = make_run(tmp_path, algo=algo)
+        before = weights(run.policy)
+        save.policy_step(run, batch, bits("1000", "0001", "0000", "0010"), VALID)
+        assert not changed(run.policy, before) and not run.optimizers["policy"].seen
+        save.policy_step(run, batch, POSITIVE | NEGATIVE, VALID)
+        after[algo] = weights(run.policy)
+        assert changed(run.policy, before)
+    same(after["grpo"], after["gspo"], 1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"rm_update": "mean_reward"}, {"rm_update": "hl_bt"}, {"rm_update": "none"},
+                                     {"mask_truncated": True}, {"v_full_group": True}], ids=str)
+def test_a_step_filters_trains_and_scores_again_as_algorithm_2_says(tmp_path, monkeypatch, options):
+    run, prompts, _ = make_run(tmp_path, group=8, lr_rm=0.02, steps=8, **options)
+    update, calls, anchors, before = run.cfg.rm_update, {}, [], weights(run.rm)
+    for name in ("reward_model_step", "policy_step"):
+        def call(run, batch, *masks, name=name, inner=getattr(save, name)):
+            calls[name] = copy.copy(batch), masks
+            anchors.append(run.rm.value(batch.features).tolist())
+            return inner(run, batch, *masks)
+        monkeypatch.setattr(save, name, call)
+    save.save_step(run, 2, prompts)
+    batch, (kept, _) = calls["policy_step"]
+    same(batch.rewards.flatten(), stock_rewards(run.rm.model, batch.chats), 1e-5)  # by the reward model as it is now
+    assert len(run.optimizers["policy"].seen) == 1 and 0 < batch.usable.sum() < 32
+    if update == "none":
+        assert not changed(run.rm, before) and kept.all() and "reward_model_step" not in calls
+        return
+    first, (positive, negative) = calls["reward_model_step"]
+    assert len(run.optimizers["rm"].seen) == 1 and (batch.rewards - first.rewards).abs().mean() > 0.01
+    if update == "hl_bt":
+        assert kept.all()
+        return
+    mu = (2 - (1 - 0.5 + 2 / 8)) / 2
+    every = torch.ones_like(batch.usable)
+    for at, masks, allowed in ((first, positive | negative, batch.usable),
+                               (batch, kept, batch.usable if run.cfg.mask_truncated else every)):
+        values = anchors[at is batch] if update == "save" else [at.rewards[p][at.usable[p]].mean() for p in range(4)]
+        keep = [[allowed[p][g] and abs(at.rewards[p][g] - values[p]) >= math.log(mu / (1 - mu)) for g in range(8)]
+                for p in range(4)]
+        assert masks.tolist() == keep and 0 < masks.sum() < 32
+    if update == "save":  # Eq. 21 with the new rewards and features: the gradient of the bias is 2 (V - mean R)
+        head, grads = run.optimizers["value"].seen[0]
+        values = (prompt_features(run.rm.model, batch.chats[::8]) @ head["weight"].T + head["bias"])[:, 0]
+        allowed = every if run.cfg.v_full_group else batch.usable
+        errors = [values[p] - batch.rewards[p][allowed[p]].mean() for p in range(4)]
+        same(grads["bias"], 2 * torch.stack(errors).mean()[None], 1e-5)
+    assert len(run.optimizers["value"].seen) == (update == "save")
+
+
+def test_the_preference_stage_has_the_gradient_of_the_plain_graph(tmp_path):
+    run, _, _ = make_run(tmp_path, stage="preference", steps=1, micro_tokens=100)
+    rows = chats(run.rm) + chats(run.rm)[::-1]
+    pairs = list(zip(rows[:4], rows[4:8]))
+    rewards = run.rm(*save.model_inputs(rows[:8], "cpu"))[0]
+    margins = rewards[:4] - rewards[4:]
+    want = gradients(run.rm.model, (1 + (-margins).exp()).log().mean())
+    save.preference_stage(run, pairs, {})
+    same(run.optimizers["rm"].seen[0][1], want, 1e-6)
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["rm_accuracy"] == (margins > 0).float().mean() and 0 < record["rm_accuracy"] < 1
+    again = save.RewardModel.from_pretrained(str(tmp_path / "rm"))
+    same(weights(again.model), weights(run.rm.model))
