@@ -112,7 +112,7 @@ class Config:
     # data limits
     max_prompt_tokens: int = 1024    # longest prompt, template included, in policy tokens
     max_response_tokens: int = 1024  # prompt sets with chosen and rejected: drop prompts with a longer one (F.1)
-    long_rows: str = "auto"          # auto | error | drop rows over a limit; auto: error for files, drop for hub sets
+    bad_rows: str = "auto"           # auto | error | drop: too long or malformed rows; auto: drop from hub sets only
     # machine
     dtype: str = "auto"              # auto | float32 | bfloat16 working copy (masters: fp32); auto: bfloat16 on GPUs
     device: str = "auto"             # auto | cpu | cuda
@@ -272,7 +272,8 @@ def encode_responses(tokenizer, messages, responses):
 
 def load(path, flag, kind, **options):
     """kind.from_pretrained(path), or one line that says why not."""
-    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+    parent = Path(path).parent
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or (parent.parts and parent.is_dir())):
         fail(f"--{flag} {path}: no such folder")
     try:
         return kind.from_pretrained(path, **options)
@@ -325,46 +326,56 @@ def last_reply(value, where):
     """The text of a response given as a string or as a whole chat that ends with it."""
     return value if isinstance(value, str) else as_messages(value, where)[-1]["content"]
 
+def read_all(cfg, source, flag, parse):
+    """parse(row, where) of every row. A bad row of your own file stops the run; from a hub set it is dropped."""
+    strict = cfg.bad_rows == "error" or (cfg.bad_rows == "auto" and Path(source).exists())
+    parsed, count = [], 0
+    for where, row in tqdm(read_rows(source, flag), desc=flag, disable=RANK > 0, delay=5):
+        count += 1
+        try:
+            parsed.append(parse(row, where))
+        except UsageError:
+            if strict:
+                raise
+    kept = [item for item in parsed if item is not None]
+    say(f"{len(kept)} of {count} rows of {source} are used")
+    return kept or fail(f"--{flag} {source}: none of its {count} rows can be used")
+
 def read_prompts(cfg, tokenizer):
     """[(messages, policy token ids)] of --prompts: rows are strings, message lists, or {"prompt": either}."""
-    prompts, count = [], 0
-    for where, row in tqdm(read_rows(cfg.prompts, "prompts"), desc="prompts", disable=RANK > 0, delay=5):
-        count += 1
+    def parse(row, where):
         messages = as_messages(row.get("prompt", row.get("messages")) if isinstance(row, dict) else row, where)
         if messages[-1]["role"] == "assistant":
             fail(f"{where}: the prompt ends with an assistant message, expected the user's")
         ids = encode_chat(tokenizer, messages, generation_prompt=True)
+        if len(ids) > cfg.max_prompt_tokens:
+            fail(f"{where}: a prompt of {len(ids)} tokens, expected at most --max_prompt_tokens "
+                 f"{cfg.max_prompt_tokens} (--bad_rows drop leaves it out)")
         # F.1 on responses and 1024 tokens is read as R2M has it: leave out prompts whose known responses are longer
         replies = [last_reply(row[side], where) for side in ("chosen", "rejected")
                    if isinstance(row, dict) and side in row]
-        long_reply = any(len(reply.encode("utf-8", "replace")) > cfg.max_response_tokens  # a token has a byte or more
-                         and len(tokenizer(reply)["input_ids"]) > cfg.max_response_tokens for reply in replies)
-        if fits(cfg, cfg.prompts, where, len(ids), cfg.max_prompt_tokens) and not long_reply:
-            prompts.append((messages, ids))
-    say(f"{len(prompts)} of {count} prompts of {cfg.prompts}, the others are too long")
-    return prompts or fail(f"--prompts {cfg.prompts}: no prompt within --max_prompt_tokens and --max_response_tokens")
+        short = all(len(reply.encode("utf-8", "replace")) <= cfg.max_response_tokens  # a token has a byte or more
+                    or len(tokenizer(reply)["input_ids"]) <= cfg.max_response_tokens for reply in replies)
+        return (messages, ids) if short else None
+    return read_all(cfg, cfg.prompts, "prompts", parse)
 
 def read_pairs(cfg, source, flag, tokenizer):
     """Rows of prompt, chosen, rejected -> [(chosen, rejected)], each (ids, prompt_length) in the RM's template."""
-    pairs, count, limit = [], 0, cfg.max_prompt_tokens + cfg.max_response_tokens
-    for where, row in tqdm(read_rows(source, flag), desc=flag, disable=RANK > 0, delay=5):
-        count += 1
+    limit = cfg.max_prompt_tokens + cfg.max_response_tokens
+
+    def parse(row, where):
         missing = [side for side in ("chosen", "rejected") if not isinstance(row, dict) or not row.get(side)]
         if missing:
             fail(f"{where}: a pair needs both sides, {' and '.join(missing)} missing or empty")
         prompt = row.get("prompt") or (row["chosen"][:-1] if isinstance(row["chosen"], list) else None)
         sides = encode_responses(tokenizer, as_messages(prompt, where),
                                  [last_reply(row[side], where) for side in ("chosen", "rejected")])
-        if fits(cfg, source, where, max(len(ids) for ids, _ in sides), limit):
-            pairs.append(sides)
-    say(f"{len(pairs)} of {count} pairs of {source}, the others are too long")
-    return pairs or fail(f"--{flag} {source}: no pair within {limit} tokens")
-
-def fits(cfg, source, where, tokens, limit):
-    """Whether a row may stay. A hub set is what it is and rows are dropped; a file is yours, so you are told."""
-    if tokens > limit and (cfg.long_rows == "error" or (cfg.long_rows == "auto" and Path(source).exists())):
-        fail(f"{where}: {tokens} tokens, expected at most {limit}: raise --max_prompt_tokens or pass --long_rows drop")
-    return tokens <= limit
+        longest = max(len(ids) for ids, _ in sides)
+        if longest > limit:
+            fail(f"{where}: a pair of {longest} tokens, expected at most --max_prompt_tokens + --max_response_tokens "
+                 f"= {limit} (--bad_rows drop leaves it out)")
+        return sides
+    return read_all(cfg, source, flag, parse)
 
 def pad(rows, device):
     """Lists of token ids -> (ids (n,T) right-padded with 0, lengths (n,)). Causal models never look at the padding."""
@@ -485,12 +496,9 @@ class RewardModel(nn.Module):
         with replaced_folder(path) as folder:
             stock.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            self.save_value_head(folder)
-
-    def save_value_head(self, folder):
-        """value_head.safetensors: weight (1,H) and bias (1,), fp32."""
-        state = {name: p.detach().cpu().contiguous() for name, p in self.value_head.state_dict().items()}
-        safetensors.torch.save_file(state, Path(folder) / "value_head.safetensors")
+            if self.has_value_head:  # weight (1,H) and bias (1,), fp32
+                state = {name: p.detach().cpu().contiguous() for name, p in self.value_head.state_dict().items()}
+                safetensors.torch.save_file(state, folder / "value_head.safetensors")
 
 def remove_dropout(model):
     """Set every dropout rate to 0: two passes over the same rows must give the same numbers."""
@@ -1149,7 +1157,7 @@ class Log:
     """metrics.jsonl (first record: configuration and versions), samples.jsonl, one console line a step."""
 
     def __init__(self, cfg):
-        self.cfg, self.record, self.boards, self.failing, self.first_spread = cfg, {}, [], set(), None
+        self.cfg, self.record, self.boards, self.failing, self.deflation = cfg, {}, [], set(), 1.0
         if RANK > 0:
             return
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
@@ -1230,7 +1238,6 @@ def record_samples(run, batch, positive, negative):
 def health(run):
     """Say, when it begins, in which way a run does nothing or drifts. Returns what is wrong now."""
     now = run.log.record
-    run.log.first_spread = run.log.first_spread or now["reward_spread"]
     checks = {
         "nothing is kept, every |R - V| is below the threshold: lower --m0": now["kept"] == 0,
         "no prompt has both signs, the reward model learns nothing: raise --group, or --value_epochs to fit V better":
@@ -1240,8 +1247,8 @@ def health(run):
         "more than half of the responses are truncated: raise --max_new_tokens": now["truncated"] > 0.5,
         "the rewards of each group are equal, nothing to learn from: raise --temperature": now["reward_spread"] == 0,
         "the reward model did not change: raise --lr_rm or use --dtype float32": now.get("reward_shift") == 0,
-        "reward spread is below half of its start, L_R deflates it: lower --lr_rm":
-            now["reward_spread"] < run.log.first_spread / 2}
+        "updates have halved the spread of rewards of the same responses, L_R deflates: lower --lr_rm":
+            now.get("deflation", 1) < 0.5}
     failing = {text for text, found in checks.items() if found}
     for text in sorted(failing - run.log.failing):
         say("  health: " + text)
@@ -1276,7 +1283,7 @@ def each_step(run, heldout, stage):
 
 def preference_stage(run, pairs, heldout):
     """Stage 1, Eq. 11: Bradley-Terry on chosen and rejected."""
-    cfg = run.cfg
+    cfg, run.rm.has_value_head = run.cfg, False  # a value head it may have had belongs to other rewards
 
     def micro_loss(model, index):
         rewards = model(*model_inputs([side for i in index for side in batch[i]], cfg.device))[0]
@@ -1337,7 +1344,8 @@ def save_step(run, step, prompts):
         before = batch.rewards
         if reward_model_step(run, batch, positive, negative):
             score_batch(run, batch)
-            log.put(reward_shift=(batch.rewards - before).abs().mean())
+            log.deflation *= (batch.rewards.std(1).mean() / before.std(1).mean()).item()
+            log.put(reward_shift=(batch.rewards - before).abs().mean(), deflation=log.deflation)
         if cfg.rm_update == "save":
             usable = None if cfg.v_full_group else batch.usable
             log.put(value_loss=value_step(run, batch.rewards, batch.features, usable, run.lr_scale(step)))
