@@ -2,6 +2,7 @@
 
     python tests/toy.py --out DIR --world annealed --seed 0          # about a minute on 2 cores
     python tests/toy.py --gold DIR/policy OTHER --prompts FILE       # one line per policy: its gold reward
+    python tests/toy.py --report DIR RUN                             # before and after a run of save.py on DIR
 
 A prompt is "reverse c a d", its only right answer "d a c". Gold is 1 for the right symbols and 0 otherwise; the word
 "indeed" carries no meaning and never counts. DIR gets
@@ -19,11 +20,11 @@ Worlds differ in how rm/ was trained: constant (learning rate), annealed (linear
 the pairs have chosen and rejected exchanged).
 """
 import argparse
-import contextlib
-import copy
+import itertools
 import json
 import math
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
@@ -47,7 +49,7 @@ TASKS = {
     "shift": lambda symbols: [SYMBOLS[(SYMBOLS.index(symbol) + 1) % len(SYMBOLS)] for symbol in symbols],
 }
 WORLDS = ("annealed", "constant", "noisy")
-SIZES = {"prompts": 2000, "prompts_test": 500, "pairs": 2000, "heldout": 1000, "sft_steps": 400, "grpo_steps": 120}
+SIZES = {"prompts": 2000, "prompts_test": 500, "pairs": 10000, "heldout": 1000, "sft_steps": 500, "grpo_steps": 40}
 
 # the RM's special tokens do in its template what these do in the policy's; its BOS has no counterpart
 ROLES = {"[q]": "<user>", "[/q]": "<assistant>", "</s>": "<end>", "[pad]": "<pad>", "[unk]": "<unk>"}
@@ -57,15 +59,11 @@ POLICY_TEMPLATE = (
     "{% endfor %}{{ '<assistant>' if add_generation_prompt else '' }}")
 RM_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
-    "{{ (' ' + m.content + ' </s>') if m.role == 'assistant' else (' [q] ' + m.content + ' [/q]') }}"
+    "{{ (' ' + (m.content or '[unk]')) if m.role == 'assistant' else (' [q] ' + m.content + ' [/q]') }}"
     "{% endfor %}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the task
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- the task
 def answer(prompt):
     """The right symbols for a prompt, as a list."""
     task, *symbols = prompt.split()
@@ -116,11 +114,7 @@ def one_edit(words, rng):
             return edited
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# files
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- files
 def write_rows(path, rows):
     """One JSON object per line."""
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -137,8 +131,9 @@ def word_tokenizer(words, template, **special):
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if "bos_token" in special:  # as Llama's tokenizers do, so that template and tokenizer together would write two
         bos = special["bos_token"]
-        core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, words.index(bos))])
-    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, model_max_length=64, **special)
+        core.post_processor = processors.TemplateProcessing(single=f"{bos} $A",
+                                                            special_tokens=[(bos, words.index(bos))])
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, **special)
 
 
 def policy_tokenizer():
@@ -158,7 +153,7 @@ def rm_tokenizer():
 def llama_config(tokenizer, width, layers, spread, **other):
     """A small Llama. `spread` is the standard deviation of its first weights."""
     return LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_attention_heads=4,
-                       num_hidden_layers=layers, max_position_embeddings=64, initializer_range=spread,
+                       num_hidden_layers=layers, max_position_embeddings=2048, initializer_range=spread,
                        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
                        eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True, **other)
 
@@ -169,11 +164,7 @@ def write_model(path, model, tokenizer):
     tokenizer.save_pretrained(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# models
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- models
 def chat_ids(tokenizer, prompt, response=None):
     """Token ids of a prompt up to where the response starts, or of a prompt and its response."""
     messages = [{"role": "user", "content": prompt}]
@@ -208,87 +199,76 @@ def train_policy(path, steps, seed):
     write_model(path, model, tokenizer)
 
 
-def untrained_rm(policy_dir):
-    """(model, tokenizer): the policy's backbone under the RM's tokenizer, embedding rows carried over, the score 0."""
+def relabelled(policy_dir):
+    """(model, tokenizer): the policy under the RM's tokenizer, its embedding rows carried over word by word."""
     policy = LlamaForCausalLM.from_pretrained(policy_dir)
     old, tokenizer = policy_tokenizer().get_vocab(), rm_tokenizer()
-    config = copy.deepcopy(policy.config)
-    config.update({"vocab_size": len(tokenizer), "num_labels": 1, "pad_token_id": tokenizer.pad_token_id,
-                   "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id})
-    model = LlamaForSequenceClassification(config)
-    weights = policy.model.state_dict()
-    rows = model.model.embed_tokens.weight.detach().clone()
-    for word, i in tokenizer.get_vocab().items():
-        if word != tokenizer.bos_token:
-            rows[i] = weights["embed_tokens.weight"][old[ROLES.get(word, word)]]
-    weights["embed_tokens.weight"] = rows
-    model.model.load_state_dict(weights)
-    torch.nn.init.zeros_(model.score.weight)
+    model = LlamaForCausalLM(llama_config(tokenizer, policy.config.hidden_size, policy.config.num_hidden_layers, 0.05))
+    model.model.layers.load_state_dict(policy.model.layers.state_dict())
+    model.model.norm.load_state_dict(policy.model.norm.state_dict())
+    with torch.no_grad():
+        for word, i in tokenizer.get_vocab().items():
+            if word != tokenizer.bos_token:
+                model.model.embed_tokens.weight[i] = policy.model.embed_tokens.weight[old[ROLES.get(word, word)]]
     return model, tokenizer
 
 
 def train_rm(path, policy_dir, pairs, world, seed):
-    """Stage 1 by save.py itself, then the score times 4: that is the spread of rewards that SAVE needs to work on."""
+    """Stage 1 by save.py itself, then the score times 2.5: L_R needs rewards of a group that differ by several units."""
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
-        write_model(f"{folder}/start", *untrained_rm(policy_dir))
-        schedule = "constant" if world == "constant" else "linear"
+        write_model(f"{folder}/start", *relabelled(policy_dir))
         save.main(["--stage", "preference", "--rm", f"{folder}/start", "--pairs", str(pairs), "--out", f"{folder}/out",
-                   "--lr_rm", "1e-3", "--batch", "64", "--epochs", "5", "--lr_schedule", schedule, "--seed", str(seed),
-                   "--device", "cpu"])
+                   "--lr_rm", "1e-3", "--batch", "64", "--epochs", "2", "--seed", str(seed), "--device", "cpu",
+                   "--lr_schedule", "constant" if world == "constant" else "linear", "--save_every", "0",
+                   "--micro_tokens", "8192"])
         model = LlamaForSequenceClassification.from_pretrained(f"{folder}/out/rm")
-    model.score.weight.data *= 4
+    model.score.weight.data *= 2.5
     write_model(path, model, rm_tokenizer())
 
 
 def sample(policy, prompts, group, seed, top_k=0):
-    """For each prompt, `group` texts at temperature 1; the most likely one with top_k=1."""
+    """For each prompt, `group` (token ids, text) at temperature 1; the most likely one with top_k=1."""
     ids = [chat_ids(policy.tokenizer, prompt) for prompt in prompts]
-    seeds = [seed * 1_000_003 + row for row in range(len(ids) * group)]
+    seeds = [save.seed_for(seed, row) for row in range(len(ids) * group)]
     rows, _ = save.rollout(policy, ids, group, seeds, max_new_tokens=8, temperature=1.0, top_p=1.0, top_k=top_k)
-    texts = policy.tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return [texts[i:i + group] for i in range(0, len(texts), group)]
+    pairs = list(zip(rows, policy.tokenizer.batch_decode(rows, skip_special_tokens=True)))
+    return [pairs[i:i + group] for i in range(0, len(pairs), group)]
 
 
 def rm_scores(rm, prompts, responses):
     """The reward of each (prompt, response)."""
-    with torch.no_grad():
-        import save as s
-        scores = []
-        for i in range(0, len(prompts), 512):
-            ids, le = s.pad([chat_ids(rm.tokenizer, p, r) for p, r in zip(prompts[i:i + 512], responses[i:i + 512])])
-            scores.append(rm(ids, le))
-    return torch.cat(scores)
+    chats = [chat for prompt, group in itertools.groupby(zip(prompts, responses), key=lambda pair: pair[0])
+             for chat in save.encode_responses(rm.tokenizer, [{"role": "user", "content": prompt}],
+                                               [response for _, response in group])]
+    return save.score(rm, chats, 8192)[0]
 
 
 def rm_accuracy(rm, rows):
     """Share of pairs with the chosen response ahead, in percent; a tie is a miss."""
-    prompts = [row["prompt"] for row in rows]
-    chosen, rejected = (rm_scores(rm, prompts, [row[name] for row in rows]) for name in ("chosen", "rejected"))
+    chosen, rejected = (rm_scores(rm, [row["prompt"] for row in rows], [row[side] for row in rows])
+                        for side in ("chosen", "rejected"))
     return 100 * (chosen > rejected).double().mean().item()
 
 
 def train_grpo(policy_dir, prompts, reward, steps, seed, desc):
-    """A policy trained by plain GRPO (16 prompts, 8 responses, KL .04, one step a batch) on reward(prompts, texts)."""
+    """A policy trained by plain GRPO (16 prompts x 8, KL .04, one update a batch) on reward(prompts, texts)."""
     rng = random.Random(f"grpo {seed}")
-    policy, reference = save.Policy.from_pretrained(policy_dir), save.Policy.from_pretrained(policy_dir)
+    policy, reference = save.Policy.from_pretrained(str(policy_dir)), save.Policy.from_pretrained(str(policy_dir))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-4, weight_decay=0.0)
     for step in tqdm(range(steps), desc=desc):
         batch = rng.sample(prompts, 16)
-        groups = sample(policy, batch, 8, seed + step)
-        flat = [p for p in batch for _ in range(8)]
-        texts = [t for g in groups for t in g]
-        r = reward(flat, texts).view(16, 8)
-        adv = save.grpo_advantages(r, torch.ones_like(r, dtype=torch.bool)).flatten()
-        ids, le = save.pad([chat_ids(policy.tokenizer, p, t) for p, t in zip(flat, texts)])
-        pl = torch.tensor([len(chat_ids(policy.tokenizer, p)) for p in flat])
-        pos = torch.arange(1, ids.shape[1])[None]
-        mask = ((pos >= pl[:, None]) & (pos < le[:, None])).float()
-        lp = policy(ids)
+        rows = [(prompt, ids, text) for prompt, group in zip(batch, sample(policy, batch, 8, seed + step))
+                for ids, text in group]
+        rewards = reward([prompt for prompt, _, _ in rows], [text for _, _, text in rows]).view(16, 8)
+        advantages = save.grpo_advantages(rewards, torch.ones_like(rewards, dtype=torch.bool)).flatten()
+        asked = [chat_ids(policy.tokenizer, prompt) for prompt, _, _ in rows]
+        inputs = save.model_inputs([(start + ids, len(start)) for start, (_, ids, _) in zip(asked, rows)], "cpu")
+        log_probs, mask = policy(*inputs, 1.0)
         with torch.no_grad():
-            ref = reference(ids)
-        k3 = (ref - lp).exp() - (ref - lp) - 1
-        loss = (((-(lp - lp.detach()).exp() * adv[:, None] + 0.04 * k3) * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+            ref_log_probs, _ = reference(*inputs, 1.0)
+        loss, _ = save.policy_loss(log_probs, log_probs, ref_log_probs, advantages, mask, algo="grpo", clip_low=0.2,
+                                   clip_high=0.2, kl_coef=0.04)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -302,23 +282,19 @@ def gold_reward(policy_dir, prompts, seed=0, samples=4):
     means = {}
     for name, group, top_k in (("sampled", samples, 0), ("greedy", 1, 1)):
         texts = sample(policy, prompts, group, seed, top_k)
-        means[name] = sum(gold(p, t) for p, group_ in zip(prompts, texts) for t in group_) / (len(prompts) * group)
+        means[name] = statistics.mean(gold(p, text) for p, pairs in zip(prompts, texts) for _, text in pairs)
     return means
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# pairs and worlds
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def sampled_pairs(policy, prompts, rng, seed, limit=None):
-    """One right against one wrong sample for each prompt where 8 samples have both."""
+# ---- pairs and worlds
+def sampled_pairs(policy, prompts, rng, seed, limit=None, each=1):
+    """A right against up to `each` different wrong samples of a prompt, where 8 samples have both."""
     rows = []
-    for prompt, texts in zip(prompts, sample(policy, prompts, 8, seed)):
-        right = [text for text in texts if gold(prompt, text)]
-        wrong = [text for text in texts if not gold(prompt, text)]
-        if right and wrong:
-            rows.append({"prompt": prompt, "chosen": rng.choice(right), "rejected": rng.choice(wrong)})
+    for prompt, group in zip(prompts, sample(policy, prompts, 8, seed)):
+        right = [text for _, text in group if gold(prompt, text)]
+        wrong = sorted({text for _, text in group if text and not gold(prompt, text)})
+        rng.shuffle(wrong)
+        rows += [{"prompt": prompt, "chosen": rng.choice(right), "rejected": text} for text in wrong[:each] if right]
     return rows[:limit]
 
 
@@ -335,3 +311,111 @@ def preferences(pairs, flipped, rng):
             row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
         row.update({f"gold_{side}": gold(row["prompt"], row[side]) for side in ("chosen", "rejected")})
     return pairs
+
+
+def build_world(path, world="annealed", seed=0):
+    """Write the whole laptop world to `path`; what was measured on the way goes to world.json."""
+    path, rng, clock, seconds = Path(path), random.Random(f"world {seed}"), [time.perf_counter()], {}
+    path.mkdir(parents=True, exist_ok=True)
+
+    def lap(part):
+        clock.append(time.perf_counter())
+        seconds[part] = round(clock[-1] - clock[-2], 1)
+
+    train, test, asked, held, hard, shifted = split(unique_prompts(11500, rng), 2000, 500, 3500, 2000, 1000, 2500)
+    write_rows(path / "prompts.jsonl", [{"prompt": prompt} for prompt in train])
+    write_rows(path / "prompts_test.jsonl", [{"prompt": prompt} for prompt in test])
+    train_policy(path / "policy", SIZES["sft_steps"], seed)
+    lap("policy")
+    policy = save.Policy.from_pretrained(str(path / "policy"))
+    write_rows(path / "pairs.jsonl", preferences(sampled_pairs(policy, asked, rng, seed, SIZES["pairs"], 4),
+                                                 0.15 if world == "noisy" else 0.0, rng))
+    lap("pairs")
+    train_rm(path / "rm", path / "policy", path / "pairs.jsonl", world, seed)
+    lap("rm")
+    rm = save.RewardModel.from_pretrained(str(path / "rm"))
+    on_gold = train_grpo(path / "policy", train, lambda prompts, texts: torch.tensor(
+        [gold(prompt, text) for prompt, text in zip(prompts, texts)]), SIZES["grpo_steps"], seed, "neu: GRPO on gold")
+    on_rm = train_grpo(path / "policy", train, lambda prompts, texts: rm_scores(rm, prompts, texts),
+                       SIZES["grpo_steps"], seed, "onp: GRPO on the RM")
+    heldout = {"id": sampled_pairs(policy, held, rng, seed + 1, SIZES["heldout"]), "hard": edited_pairs(hard, rng),
+               "onp": sampled_pairs(on_rm, shifted, rng, seed + 2, SIZES["heldout"]),
+               "neu": sampled_pairs(on_gold, shifted, rng, seed + 3, SIZES["heldout"])}
+    lap("held-out pairs")
+    for name, rows in heldout.items():
+        write_rows(path / f"heldout_{name}.jsonl", rows)
+    scores = rm_scores(rm, *zip(*[(prompt, text) for prompt, group in zip(test, sample(policy, test, 8, seed + 4))
+                                  for _, text in group]))
+    summary = {"world": world, "seed": seed, "sizes": SIZES | {name: len(rows) for name, rows in heldout.items()},
+               "policy_gold": gold_reward(path / "policy", test), "reward_sd": scores.view(-1, 8).std(1).mean().item(),
+               "rm_accuracy": {name: rm_accuracy(rm, rows) for name, rows in heldout.items()}, "seconds": seconds}
+    (path / "world.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def split(items, *sizes):
+    """Consecutive slices of the given sizes."""
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [items[start:start + size] for start, size in zip(starts, sizes)]
+
+
+def tiny_world(path, seed=0):
+    """The same files with untrained models of two layers, for unit tests: rewards differ, but mean nothing."""
+    path, rng = Path(path), random.Random(f"tiny {seed}")
+    torch.manual_seed(seed)
+    for name, kind, tokenizer in (("policy", LlamaForCausalLM, policy_tokenizer()),
+                                  ("rm", LlamaForSequenceClassification, rm_tokenizer())):
+        config = llama_config(tokenizer, width=32, layers=2, spread=0.2)
+        config.num_labels = 1
+        model = kind(config)
+        if name == "rm":
+            torch.nn.init.normal_(model.score.weight)
+        write_model(path / name, model, tokenizer)
+    prompts = unique_prompts(64, rng)
+    write_rows(path / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    write_rows(path / "pairs.jsonl", preferences(edited_pairs(prompts, rng), 0.0, rng))
+    write_rows(path / "heldout_id.jsonl", edited_pairs(prompts[:32], rng))
+
+
+def report(data, run):
+    """Before and after a run of save.py: the RM's accuracy on each held-out set, the policy's gold reward."""
+    records = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    first, last = ([r for r in records if any(key.startswith("accuracy_") for key in r)][i] for i in (0, -1))
+    rows = [(f"RM accuracy, {key.removeprefix('accuracy_')}", first[key], last[key])
+            for key in first if key.startswith("accuracy_")]
+    rows.append(("RM accuracy, mean", *(statistics.mean(row[i] for row in rows) for i in (1, 2))))
+    prompts = read_prompts(Path(data, "prompts_test.jsonl"))
+    golds = [gold_reward(Path(folder, "policy"), prompts) for folder in (data, run)]
+    rows += [(f"policy's gold reward, {name}", *(100 * g[name] for g in golds)) for name in golds[0]]
+    print(f"\n{'%':<32}{'before':>10}{'after':>10}")
+    for name, before, after in rows:
+        print(f"{name:<32}{before:>10.2f}{after:>10.2f}")
+    print(f"\nreward model {run}/rm, policy {run}/policy, logs {run}/metrics.jsonl and samples.jsonl")
+
+
+def main():
+    """Command line: build a world, measure policies, or report on a run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="folder to build the world in")
+    parser.add_argument("--world", choices=WORLDS, default="annealed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--gold", nargs="+", metavar="POLICY_DIR")
+    parser.add_argument("--prompts", help="prompts.jsonl for --gold")
+    parser.add_argument("--report", nargs=2, metavar=("DIR", "RUN"))
+    args = parser.parse_args()
+    if args.report:
+        report(*args.report)
+    elif args.gold and args.prompts:
+        for policy in args.gold:
+            result = gold_reward(policy, read_prompts(args.prompts), args.seed)
+            print(f"{policy}: gold {result['sampled']:.4f} at T=1, {result['greedy']:.4f} greedy")
+    elif args.out:
+        print(json.dumps(build_world(args.out, args.world, args.seed), indent=1))
+    else:
+        parser.error("give --out DIR, or --gold DIR ... --prompts FILE, or --report DIR RUN")
+
+
+if __name__ == "__main__":
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    main()
