@@ -8,20 +8,8 @@ import statistics
 
 import pytest
 import torch
-from test_models import (  # noqa: F401
-    ASK,
-    END,
-    chats,
-    gradients,
-    one_thread,
-    plain_log_probs,
-    policy,
-    prompt_features,
-    reward_model,
-    same,
-    stock_rewards,
-    weights,
-)
+from test_models import (END, chats, gradients, one_thread, plain_log_probs, policy, prompt_features,  # noqa: F401
+                         reward_model, same, stock_rewards, weights)
 from torch import nn
 
 import save
@@ -68,8 +56,8 @@ def test_sharded_adamw_is_adamw_with_clipping():
 def test_masters_move_where_bf16_weights_cannot():
     torch.manual_seed(0)
     model, cfg = nn.Linear(64, 64, bias=False), dataclasses.replace(CPU, dtype="bfloat16")
-    model.weight.data = (torch.randn(64, 64) * 0.02).bfloat16().float()
-    start, plain = model.weight.detach().clone(), nn.Parameter(model.weight.detach().bfloat16())
+    model.weight.data = (torch.randn(64, 64) * 0.02).bfloat16()  # a bf16 checkpoint
+    start, plain = model.weight.detach().float(), nn.Parameter(model.weight.detach().clone())
     optimizer = save.ShardedAdamW(model, 1e-7, cfg, keep_initial=True)
     save.to_working_copy(model, cfg)
     adamw = torch.optim.AdamW([plain], 1e-7, weight_decay=0.0)
@@ -80,7 +68,7 @@ def test_masters_move_where_bf16_weights_cannot():
     masters = optimizer.masters["weight"].detach()
     same(start - masters, torch.full((64, 64), 300e-7), 1e-6)
     changed, without = ((w.float() != start).float().mean() for w in (model.weight, plain))
-    assert without < 0.02 and 0.3 < changed < 0.9
+    assert without < 0.02 and 0.1 < changed < 0.9
     same(model.weight.detach(), masters.bfloat16())
     same(optimizer.full_state()["weight"], masters)
     with optimizer.swapped():
@@ -203,6 +191,17 @@ def test_responses_are_put_into_the_words_of_both_models(tmp_path):
     assert draws[0] == batch.sequences and draws[0] != draws[1] != draws[2] != draws[0]
 
 
+def test_a_response_too_long_for_the_reward_model_is_cut_and_trains_nothing(tmp_path, monkeypatch):
+    run, prompts, _ = make_run(tmp_path)
+    sizes = [40, 41, 200, 3] * 4  # and 2 tokens of the template: at most --max_new_tokens 10 + 32, context 96
+    monkeypatch.setattr(save, "rollout", lambda *args, **kwargs: ([[6, END]] * 16, [True] * 15 + [False]))
+    monkeypatch.setattr(run.policy.tokenizer, "batch_decode", lambda *args, **kwargs: ["a" * size for size in sizes])
+    batch = save.sample(run, prompts, 4, 1)
+    same(batch.usable, bits("1001", "1001", "1001", "1000"))
+    save.score_batch(run, batch)
+    assert [len(ids) for ids, _ in batch.chats[:4]] == [6 + 42, 6 + 43, 96, 6 + 5] and batch.rewards.isfinite().all()
+
+
 @pytest.mark.parametrize("micro_tokens", (1, 60, 10**6))
 @pytest.mark.parametrize("update", ("save", "mean_reward", "hl_bt"))
 def test_the_reward_model_step_has_the_gradient_of_the_plain_graph(tmp_path, update, micro_tokens):
@@ -216,9 +215,14 @@ def test_the_reward_model_step_has_the_gradient_of_the_plain_graph(tmp_path, upd
         means = torch.stack([group.mean() if len(group) else torch.tensor(0.0) for group in groups])
         loss = save.contrastive_loss(rewards.view(4, 4), values[::4] if update == "save" else means, POSITIVE, NEGATIVE)
     want = gradients(run.rm.model, loss)
-    run.rm.register_forward_pre_hook(lambda module, inputs: forwarded.append(len(inputs[0])))
+
+    def before_forward(rm, inputs):
+        forwarded.append(len(inputs[0]))
+        assert not rm.value_head.weight.requires_grad and rm.training  # DDP would wait for its gradient
+
+    run.rm.register_forward_pre_hook(before_forward)
     assert save.reward_model_step(run, batch, POSITIVE, NEGATIVE) is True
-    same(run.optimizers["rm"].seen[0][1], want, 1e-6)
+    same(run.optimizers["rm"].seen[0][1], want, 1e-5)
     assert sum(forwarded) == 6  # rows with a gradient: the kept ones of both valid prompts, or two of each of three
     assert changed(run.rm, before) == {f"model.{name}" for name in want}
     assert all(p.requires_grad for p in run.rm.parameters()) and not run.rm.training
@@ -313,7 +317,10 @@ def test_a_step_filters_trains_and_scores_again_as_algorithm_2_says(tmp_path, mo
         assert not changed(run.rm, before) and kept.all() and "reward_model_step" not in calls
         return
     first, (positive, negative) = calls["reward_model_step"]
-    assert len(run.optimizers["rm"].seen) == 1 and (batch.rewards - first.rewards).abs().mean() > 0.01
+    shift = (batch.rewards - first.rewards).abs().mean().item()
+    shift = (batch.rewards - first.rewards).abs().mean().item()
+    assert run.log.record["reward_shift"] == pytest.approx(shift) and shift > 0.01
+    assert len(run.optimizers["rm"].seen) == 1
     if update == "hl_bt":
         assert kept.all()
         return
@@ -335,14 +342,17 @@ def test_a_step_filters_trains_and_scores_again_as_algorithm_2_says(tmp_path, mo
 
 
 def test_the_preference_stage_has_the_gradient_of_the_plain_graph(tmp_path):
-    run, _, _ = make_run(tmp_path, stage="preference", steps=1, micro_tokens=100)
+    run, _, _ = make_run(tmp_path, stage="preference", steps=1, micro_tokens=150)
     rows = chats(run.rm) + chats(run.rm)[::-1]
     pairs = list(zip(rows[:4], rows[4:8]))
     rewards = run.rm(*save.model_inputs(rows[:8], "cpu"))[0]
     margins = rewards[:4] - rewards[4:]
     want = gradients(run.rm.model, (1 + (-margins).exp()).log().mean())
+    forwarded = []
+    run.rm.register_forward_pre_hook(lambda module, inputs: forwarded.append(len(inputs[0])))
     save.preference_stage(run, pairs, {})
-    same(run.optimizers["rm"].seen[0][1], want, 1e-6)
+    assert sum(forwarded) == 8 and len(forwarded) > 1 and max(forwarded) > 2
+    same(run.optimizers["rm"].seen[0][1], want, 1e-5)
     record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["rm_accuracy"] == (margins > 0).float().mean() and 0 < record["rm_accuracy"] < 1
     again = save.RewardModel.from_pretrained(str(tmp_path / "rm"))

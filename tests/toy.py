@@ -214,7 +214,7 @@ def relabelled(policy_dir):
 
 
 def train_rm(path, policy_dir, pairs, world, seed):
-    """Stage 1 by save.py itself, then the score times 2.5: L_R needs rewards of a group that differ by several units."""
+    """Stage 1 by save.py itself, then the score times 2.5: L_R needs rewards of a group that differ by units."""
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         write_model(f"{folder}/start", *relabelled(policy_dir))
