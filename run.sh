@@ -19,6 +19,7 @@ setup() {
 }
 
 laptop() {
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # models this small are slower on two threads
   local out=${OUT:-runs/laptop} world=${WORLD:-annealed} seed=${SEED:-0}
   local data=$out/$world-$seed run=$out/$world-$seed-save
   [ -f "$data/world.json" ] || "$PYTHON" tests/toy.py --out "$data" --world "$world" --seed "$seed"

@@ -236,6 +236,7 @@ def accumulate(model, batches, micro_loss):
     numbers of micro-batches (at least one): gradients are exchanged once, in the last backward. DDP averages over
     ranks while our losses are divided by global counts, hence the factor WORLD.
     """
+    model.zero_grad()
     model.train()  # only because transformers recomputes activations in training mode alone: dropout is removed at load
     wrapped = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True) if WORLD > 1 else model
     for i, rows in enumerate(batches):
@@ -329,17 +330,18 @@ def last_reply(value, where):
 def read_all(cfg, source, flag, parse):
     """parse(row, where) of every row. A bad row of your own file stops the run; from a hub set it is dropped."""
     strict = cfg.bad_rows == "error" or (cfg.bad_rows == "auto" and Path(source).exists())
-    parsed, count = [], 0
+    parsed, count, why = [], 0, ""
     for where, row in tqdm(read_rows(source, flag), desc=flag, disable=RANK > 0, delay=5):
         count += 1
         try:
             parsed.append(parse(row, where))
-        except UsageError:
+        except UsageError as error:
             if strict:
                 raise
+            why = why or f"; the first: {error}"
     kept = [item for item in parsed if item is not None]
     say(f"{len(kept)} of {count} rows of {source} are used")
-    return kept or fail(f"--{flag} {source}: none of its {count} rows can be used")
+    return kept or fail(f"--{flag} {source}: none of its {count} rows can be used{why}")
 
 def read_prompts(cfg, tokenizer):
     """[(messages, policy token ids)] of --prompts: rows are strings, message lists, or {"prompt": either}."""
@@ -485,10 +487,10 @@ class RewardModel(nn.Module):
         config, tokenizer = copy.deepcopy(self.model.config), copy.deepcopy(self.tokenizer)
         # stock pooling reads the last token that is not the pad id: the pad id must never end a rendered chat
         chat = encode_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}])
-        if config.pad_token_id is None or config.pad_token_id == chat[-1]:
-            config.pad_token_id = next((i for i in (tokenizer.bos_token_id, tokenizer.unk_token_id, 0)
-                                        if i is not None and i != chat[-1]), 1)
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+        if config.pad_token_id in (None, chat[-1]):
+            config.pad_token_id = next(i for i in (tokenizer.bos_token_id, tokenizer.unk_token_id, 0, 1)
+                                       if i not in (None, chat[-1]))
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
         config.dtype = torch.float32
         with torch.device("meta"):
             stock = type(self.model)(config)
@@ -722,7 +724,7 @@ def sample_tokens(logits, uniforms, temperature, top_p, top_k):
     probs = torch.where(probs.cumsum(-1) - probs < top_p, probs, 0)  # the smallest set that reaches top_p
     cumulative = probs.cumsum(-1)
     pick = torch.searchsorted(cumulative, uniforms[:, None].double() * cumulative[:, -1:], right=True)
-    return ids.gather(1, pick.clamp(max=ids.shape[1] - 1))[:, 0]
+    return ids.gather(1, pick)[:, 0]
 
 @torch.no_grad()
 def rollout(policy, prompt_ids, group, seeds, *, max_new_tokens, temperature, top_p, top_k, max_rows=0):
@@ -1023,7 +1025,7 @@ def policy_step(run, batch, keep, valid):
         rewards = rewards - cfg.kl_coef * gather((old - reference).sum(1).view(-1, group))
     advantages = ADVANTAGES[cfg.algo](rewards, baseline)
     own_advantages, own_trained = mine(advantages).flatten(), mine(trained).flatten()
-    sums = torch.zeros(3)
+    sums, updates = torch.zeros(3), 0
 
     def micro_loss(model, rows):
         log_probs, mask = model(*model_inputs([batch.sequences[row] for row in rows], cfg.device), cfg.temperature)
@@ -1045,7 +1047,8 @@ def policy_step(run, batch, keep, valid):
             part_rows = [row for row in rows if RANK + WORLD * (row // group) in part] or [0]
             accumulate(run.policy, micro_batches(part_rows, batch.sequences, cfg.micro_tokens), micro_loss)
             run.log.put(policy_grad_norm=run.optimizers["policy"].step(run.lr_scale(batch.step)))
-    loss, kl, clipped = (x / cfg.num_minibatches for x in total(*sums))
+            updates += 1
+    loss, kl, clipped = (x / updates for x in total(*sums))
     run.log.put(policy_loss=loss, kl=kl, clipped=clipped, survivors=trained.float().mean())
 
 # ---- 11. files: atomic folders and checkpoints ----------------------------------------------------------------------

@@ -8,8 +8,7 @@ import statistics
 
 import pytest
 import torch
-from test_models import (END, chats, gradients, one_thread, plain_log_probs, policy, prompt_features,  # noqa: F401
-                         reward_model, same, stock_rewards, weights)
+from test_models import (END, chats, gradients, plain_log_probs, policy, prompt_features, reward_model, same, stock_rewards, weights)
 from torch import nn
 
 import save

@@ -372,7 +372,8 @@ def tiny_world(path, seed=0):
             torch.nn.init.normal_(model.score.weight)
         write_model(path / name, model, tokenizer)
     prompts = unique_prompts(64, rng)
-    write_rows(path / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    for name in ("prompts", "prompts_test"):
+        write_rows(path / f"{name}.jsonl", [{"prompt": prompt} for prompt in prompts])
     write_rows(path / "pairs.jsonl", preferences(edited_pairs(prompts, rng), 0.0, rng))
     write_rows(path / "heldout_id.jsonl", edited_pairs(prompts[:32], rng))
 

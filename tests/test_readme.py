@@ -1,0 +1,105 @@
+"""Every command and every snippet of README.md runs, on untrained tiny models and for a step or two."""
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import toy
+from torch.distributed.run import get_args_parser
+
+import save
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.S)
+COMMANDS = [line.split("  #")[0].strip() for kind, text in BLOCKS if kind == "bash"
+            for line in text.replace("\\\n", " ").strip().split("\n")]
+SNIPPETS = [text for kind, text in BLOCKS if kind == "python"]
+SMALL = ("--steps 2 --batch 2 --group 4 --value_prompts 2 --value_k 2 --max_new_tokens 4 --max_prompt_tokens 32 "
+         "--save_every 0 --device cpu --dtype float32").split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The files that the README's commands name."""
+    path = tmp_path_factory.mktemp("readme")
+    toy.tiny_world(path)
+    (path / "path/to").mkdir(parents=True)
+    shutil.copytree(path / "policy", path / "path/to/policy")
+    for name in ("reward_model", "model"):
+        shutil.copytree(path / "rm", path / "path/to" / name)
+    shutil.copy(path / "heldout_id.jsonl", path / "heldout.jsonl")
+    return path
+
+
+def test_the_readme_has_what_these_tests_look_for():
+    assert len(COMMANDS) >= 7 and len(SNIPPETS) == 2
+    assert all(command.split()[0] in ("bash", "python", "torchrun") for command in COMMANDS), COMMANDS
+
+
+def test_commands_of_save(folder, monkeypatch):
+    """In the README's order, so that later ones find what earlier ones wrote; torchrun's as one process."""
+    monkeypatch.chdir(folder)
+    for command in COMMANDS:
+        words = shlex.split(command)
+        if "save.py" not in words:
+            continue
+        at = words.index("save.py")
+        if words[0] == "torchrun":
+            assert get_args_parser().parse_args(words[1:]).nproc_per_node == "4"
+        flags = words[at + 1:]
+        named = "--policy" in flags or "preference" in flags  # otherwise the hub defaults, which need the network
+        files = [] if named else ["--policy", "policy", "--rm", "rm", "--prompts", "prompts.jsonl"]
+        save.main(flags + files + SMALL)
+        out = pathlib.Path(flags[flags.index("--out") + 1])
+        assert (out / "metrics.jsonl").is_file() and (out / "rm" / "config.json").is_file(), command
+
+
+def test_the_saved_reward_model_snippet(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    if not pathlib.Path("runs/save/rm").is_dir():
+        pytest.skip("needs test_commands_of_save, which writes runs/save/rm")
+    capsys.readouterr()
+    exec(SNIPPETS[1], {})  # the README's own text
+    printed = float(capsys.readouterr().out)
+    rm = save.RewardModel.from_pretrained("runs/save/rm")
+    rows = save.encode_responses(rm.tokenizer, [{"role": "user", "content": "reverse a b c"}], ["c b a"])
+    assert printed == pytest.approx(save.score(rm, rows, 100)[0].item(), abs=1e-5)
+
+
+def test_the_loss_of_your_own_snippet(monkeypatch):
+    monkeypatch.setattr(save, "RM_LOSSES", dict(save.RM_LOSSES))
+    exec(SNIPPETS[0], vars(save))
+    rewards = torch.tensor([[2.0, -1.0, 0.5]], requires_grad=True)
+    positive, negative = torch.tensor([[True, False, False]]), torch.tensor([[False, True, False]])
+    loss = save.RM_LOSSES["mine"](rewards, torch.zeros(1), positive, negative, positive | negative)
+    loss.backward()
+    expected = (torch.log1p(torch.exp(torch.tensor(-2.0))) + torch.log1p(torch.exp(torch.tensor(-1.0)))) / 2
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert rewards.grad[0, 0] < 0 < rewards.grad[0, 1] and rewards.grad[0, 2] == 0
+    del save.my_loss
+
+
+def test_run_sh(folder, tmp_path):
+    """`bash run.sh` on a world that is there already, `bash run.sh test`, and its one line for a wrong word."""
+    assert {"bash run.sh", "bash run.sh test"} <= set(COMMANDS)
+    shutil.copytree(folder, tmp_path / "annealed-0", ignore=shutil.ignore_patterns("path", "runs"))
+    (tmp_path / "annealed-0" / "world.json").write_text("{}")
+    env = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path)}
+
+    def run(*words):
+        return subprocess.run(["bash", str(ROOT / "run.sh"), *words], env=env, capture_output=True, text=True, timeout=170)
+
+    done = run(*SMALL[:-4])
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"RM accuracy, heldout_id +\d", done.stdout) and re.search(r"gold reward, greedy +\d", done.stdout)
+    assert (tmp_path / "annealed-0-save" / "rm" / "value_head.safetensors").is_file()
+    collected = run("test", "--collect-only", "-q", "tests/test_maths.py")
+    assert collected.returncode == 0 and "test_maths" in collected.stdout
+    wrong = run("tests")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
