@@ -1150,6 +1150,7 @@ def say(*words):
     """Print on rank 0, without breaking a progress bar."""
     if RANK == 0:
         tqdm.write(" ".join(str(word) for word in words))
+        sys.stdout.flush()  # a log file shows it now, not when a buffer is full
 
 def versions():
     """What made this run."""

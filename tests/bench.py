@@ -102,7 +102,7 @@ def memory_mb(what):
 
 
 def memory_variant(args):
-    """One backward pass of the contrastive loss, 2 prompts x 16 responses of about 120 tokens, half of them filtered."""
+    """One backward pass of the contrastive loss, 2 prompts x 16 responses of about 120 tokens, half filtered."""
     rm = save.RewardModel.from_pretrained(args.rm, new_head=True)
     rm.model.model.layers = rm.model.model.layers[:args.layers]  # all 30 would need 10 GB for the whole graph
     rm.value_head.requires_grad_(False)
@@ -137,13 +137,14 @@ def bench_steps(args):
     for repeat in range(args.repeats):
         for update in times:
             with tempfile.TemporaryDirectory() as out:
-                save.main(["--policy", args.policy, "--rm", args.rm, "--prompts", args.prompts, "--out", out,
-                           "--steps", "4", "--rm_update", update, "--save_every", "0", "--seed", str(repeat), *args.flags])
+                save.main(["--policy", args.policy, "--rm", args.rm, "--prompts", args.prompts, "--out", out, "--steps",
+                           "4", "--rm_update", update, "--save_every", "0", "--seed", str(repeat), *args.flags])
                 records = [json.loads(line) for line in open(pathlib.Path(out, "metrics.jsonl"), encoding="utf-8")]
                 times[update].append(statistics.mean(r["step_seconds"] for r in records if r.get("step", 0) > 1))
     ratios = [a / b for a, b in zip(times["save"], times["none"])]
     print(f"seconds per step: SAVE {statistics.median(times['save']):.2f}  "
-          f"RM frozen {statistics.median(times['none']):.2f}  ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs)")
+          f"RM frozen {statistics.median(times['none']):.2f}  ratio {statistics.median(ratios):.2f} "
+          f"({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs)")
 
 
 if __name__ == "__main__":

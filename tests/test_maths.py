@@ -181,7 +181,10 @@ def test_the_loss_deflates(seed):
     k, k_neg, v = rng.randint(1, 5), rng.randint(1, 5), rng.gauss(0, 3)
     up, down = [v + rng.expovariate(1) for _ in range(k)], [v - 0.01 - rng.expovariate(1) for _ in range(k_neg)]
     pos, neg = bits("1" * k + "0" * k_neg), bits("0" * k + "1" * k_neg)
-    at = lambda rewards: learn(save.contrastive_loss, f64([rewards]), f64([v]), pos, neg)
+
+    def at(rewards):
+        return learn(save.contrastive_loss, f64([rewards]), f64([v]), pos, neg)
+
     slope = at(up + down)[1][0]
     up_force, down_force = -slope[:k].sum().item(), slope[k:].sum().item()
     assert 0 < up_force <= 1 / (1 + k) and 0 < down_force < k_neg / (1 + k_neg)
@@ -198,7 +201,10 @@ def test_contrastive_loss_sees_only_differences_and_no_order():
     shift = f64([3.0, -7.0, 0.5, 11.0, -2.0, 0.0, 1.0])
     near(save.contrastive_loss(r + shift[:, None], v + shift, pos, neg), loss)
     rows, cols = torch.tensor([4, 2, 0, 1, 6, 5, 3]), torch.tensor([3, 0, 4, 1, 2])
-    mix = lambda x: x[rows][:, cols]
+
+    def mix(x):
+        return x[rows][:, cols]
+
     mixed_loss, mixed_slope, _ = learn(save.contrastive_loss, mix(r), v[rows], mix(pos), mix(neg))
     near(mixed_loss, loss)
     near(mixed_slope, mix(slope))

@@ -8,7 +8,8 @@ import statistics
 
 import pytest
 import torch
-from test_models import (END, chats, gradients, plain_log_probs, policy, prompt_features, reward_model, same, stock_rewards, weights)
+from test_models import (END, chats, gradients, plain_log_probs, policy, prompt_features, reward_model, same,
+                         stock_rewards, weights)
 from torch import nn
 
 import save
