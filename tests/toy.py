@@ -18,6 +18,11 @@ A prompt is "reverse c a d", its only right answer "d a c". Gold is 1 for the ri
     world.json           sizes, measured figures, seconds; written last, so it marks a complete world
 Worlds differ in how rm/ was trained: constant (learning rate), annealed (linearly to 0), noisy (annealed, and 15 % of
 the pairs have chosen and rejected exchanged).
+
+The task and the recipe are those of a plain-torch prototype. What differs, to come near its initial figures (gold .37
+at T=1, RM accuracy 96 on id and 93 on hard pairs, reward SD 8.6 within a prompt) in the time there is: 500 steps of
+fine-tuning at 5e-3 (it: 800 at 3e-3), 10,000 pairs, up to 4 of a prompt, for 2 epochs (2,000 for 5), the score times
+2.5 (4), 40 GRPO steps for onp and neu (120), no centring of rewards. Nothing was chosen by looking at SAVE.
 """
 import argparse
 import itertools
@@ -177,14 +182,16 @@ def train_policy(path, steps, seed):
     """Supervised fine-tuning from scratch on demonstrations, every batch fresh; writes a policy folder."""
     rng, tokenizer = random.Random(f"demonstrations {seed}"), policy_tokenizer()
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(llama_config(tokenizer, width=64, layers=3, spread=0.05))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    config = llama_config(tokenizer, width=64, layers=3, spread=0.05)
+    config._attn_implementation = "eager"  # a quarter faster than sdpa at this size
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     cosine = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda k: min(1, (k + 1) / 20) * (1 + math.cos(math.pi * k / steps)) / 2)
     words = tokenizer.get_vocab()
     for _ in tqdm(range(steps), desc="policy: fine-tuning"):
         prompts = [random_prompt(rng) for _ in range(96)]
-        # the template by hand: 38,400 renderings by jinja would take longer than the training
+        # the template by hand: 48,000 renderings by jinja would take longer than the training
         rows = [[words[w] for w in f"<user> {p} <assistant> {demonstration(p, rng)} <end>".split()] for p in prompts]
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         answers = (ids == words["<assistant>"]).cumsum(1).bool() & (ids != tokenizer.pad_token_id)
@@ -255,15 +262,17 @@ def train_grpo(policy_dir, prompts, reward, steps, seed, desc):
     """A policy trained by plain GRPO (16 prompts x 8, KL .04, one update a batch) on reward(prompts, texts)."""
     rng = random.Random(f"grpo {seed}")
     policy, reference = save.Policy.from_pretrained(str(policy_dir)), save.Policy.from_pretrained(str(policy_dir))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-4, weight_decay=0.0)
+    for model in (policy.model, reference.model):
+        model.set_attn_implementation("eager")
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-4, weight_decay=0.0, fused=True)
     for step in tqdm(range(steps), desc=desc):
         batch = rng.sample(prompts, 16)
         rows = [(prompt, ids, text) for prompt, group in zip(batch, sample(policy, batch, 8, seed + step))
                 for ids, text in group]
         rewards = reward([prompt for prompt, _, _ in rows], [text for _, _, text in rows]).view(16, 8)
         advantages = save.grpo_advantages(rewards, torch.ones_like(rewards, dtype=torch.bool)).flatten()
-        asked = [chat_ids(policy.tokenizer, prompt) for prompt, _, _ in rows]
-        inputs = save.model_inputs([(start + ids, len(start)) for start, (_, ids, _) in zip(asked, rows)], "cpu")
+        asked = {prompt: chat_ids(policy.tokenizer, prompt) for prompt in batch}
+        inputs = save.model_inputs([(asked[prompt] + ids, len(asked[prompt])) for prompt, ids, _ in rows], "cpu")
         log_probs, mask = policy(*inputs, 1.0)
         with torch.no_grad():
             ref_log_probs, _ = reference(*inputs, 1.0)
@@ -396,6 +405,7 @@ def report(data, run):
 
 def main():
     """Command line: build a world, measure policies, or report on a run."""
+    torch.set_num_threads(1)  # models this small are slower on more
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="folder to build the world in")
     parser.add_argument("--world", choices=WORLDS, default="annealed")
