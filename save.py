@@ -31,6 +31,7 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -49,6 +50,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from jinja2 import TemplateError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -198,10 +200,16 @@ def barrier():
 
 def one_rank_at_a_time(load):
     """load() on rank 0, then rank 1, ...: host memory holds the weights being read by one rank only."""
+    error = None
     for rank in range(WORLD):
         if rank == RANK:
-            result = load()
+            try:
+                result = load()
+            except UsageError as refusal:  # raised when all ranks are through, so that none waits for another
+                error = refusal
         barrier()
+    if error:
+        raise error
     return result
 
 def mine(items):
@@ -271,15 +279,19 @@ def encode_responses(tokenizer, messages, responses):
              "causal pass cannot give both R and V")
     return [(row, len(prompt)) for row in rows]
 
-def load(path, flag, kind, **options):
+def load(path, flag, kind, may_miss=(), **options):
     """kind.from_pretrained(path), or one line that says why not."""
     parent = Path(path).parent
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or (parent.parts and parent.is_dir())):
         fail(f"--{flag} {path}: no such folder")
     try:
-        return kind.from_pretrained(path, **options)
+        if kind not in (AutoModelForCausalLM, AutoModelForSequenceClassification):
+            return kind.from_pretrained(path, **options)
+        model, info = kind.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:  # transformers and the hub client raise many types: all mean that it cannot be had
         fail(f"--{flag} {path}: expected a model folder or hub name for {kind.__name__} ({first_line(error)})")
+    missing = sorted(set(info["missing_keys"]) - set(may_miss))
+    return model if not missing else fail(f"--{flag} {path}: it has no weights for {', '.join(missing)[:80]}")
 
 def load_tokenizer(path, flag):
     """The tokenizer of a model folder or hub name; it must carry a chat template."""
@@ -294,7 +306,9 @@ def read_rows(source, flag):
     """Yield (where, row) of a .json / .jsonl file (plain or .gz) or of a hub dataset `name` or `name:split`."""
     is_json, is_file = (source.removesuffix(".gz").endswith(ending) for ending in (".json", (".json", ".jsonl")))
     try:
-        if is_file or Path(source).is_file():
+        if Path(source).is_file() and not is_file:
+            fail(f"--{flag} {source}: expected a name that ends in .json or .jsonl, perhaps .gz")
+        if is_file:
             with (gzip.open if source.endswith(".gz") else open)(source, "rt", encoding="utf-8") as file:
                 text = file.read().rstrip("\n")
             rows = json.loads(text) if is_json else text.split("\n") if text else []
@@ -302,6 +316,8 @@ def read_rows(source, flag):
             from datasets import load_dataset  # imported here: local files do not need it
             name, _, split = source.partition(":")
             rows = load_dataset(name, split=split or "train")
+    except UsageError:
+        raise
     except Exception as error:  # as in `load`
         fail(f"--{flag} {source}: expected a JSON file or a hub dataset ({first_line(error)})")
     if isinstance(rows, (dict, str)) or not len(rows):
@@ -335,10 +351,12 @@ def read_all(cfg, source, flag, parse):
         count += 1
         try:
             parsed.append(parse(row, where))
-        except UsageError as error:
+        except (UsageError, TemplateError) as error:
+            message = str(error) if isinstance(error, UsageError) else \
+                f"{where}: the chat template refuses it ({first_line(error)})"
             if strict:
-                raise
-            why = why or f"; the first: {error}"
+                fail(message)
+            why = why or f"; the first: {message}"
     kept = [item for item in parsed if item is not None]
     say(f"{len(kept)} of {count} rows of {source} are used")
     return kept or fail(f"--{flag} {source}: none of its {count} rows can be used{why}")
@@ -448,13 +466,15 @@ class RewardModel(nn.Module):
                  "(--stage preference makes one of a causal language model)")
         if is_classifier and config.num_labels != 1:
             fail(f"--rm {path}: it has {config.num_labels} labels, expected a reward model with 1")
-        model = load(path, "rm", AutoModelForSequenceClassification, num_labels=1, dtype="auto")
+        model = load(path, "rm", AutoModelForSequenceClassification, num_labels=1, dtype="auto",
+                     may_miss=() if is_classifier else ("score.weight",))
         if not isinstance(getattr(model, "score", None), nn.Linear):
             fail(f"--rm {path}: {type(model).__name__} is no causal model with a linear `score` head, expected one: "
                  "V is read at the end of the prompt in the same causal pass")
         if not is_classifier:
             noise = torch.randn(model.score.weight.shape, generator=generator(seed, "reward head"))
             model.score.weight.data = noise / (model.score.in_features + 1) ** 0.5
+        encode_responses(tokenizer, [{"role": "user", "content": "a"}], ["b"])
         head = Path(path) / "value_head.safetensors"
         return cls(model, tokenizer, safetensors.torch.load_file(head) if head.is_file() else None)
 
@@ -667,6 +687,9 @@ class Policy(nn.Module):
     @classmethod
     def from_pretrained(cls, path):
         """Load a folder or hub name in the checkpoint's own precision."""
+        names = load(path, "policy", AutoConfig).architectures or []
+        if any("SequenceClassification" in name for name in names):
+            fail(f"--policy {path}: {names} has no output layer, expected a causal language model")
         policy = cls(load(path, "policy", AutoModelForCausalLM, dtype="auto"), load_tokenizer(path, "policy"))
         return policy if policy.eos_ids else fail(f"--policy {path}: expected an EOS token in its tokenizer")
 
@@ -1024,7 +1047,7 @@ def policy_step(run, batch, keep, valid):
     if cfg.algo == "rloo" and cfg.kl_coef:  # k1 of the whole sequence, in the reward
         rewards = rewards - cfg.kl_coef * gather((old - reference).sum(1).view(-1, group))
     advantages = ADVANTAGES[cfg.algo](rewards, baseline)
-    own_advantages, own_trained = mine(advantages).flatten(), mine(trained).flatten()
+    own_advantages = mine(advantages).flatten()
     sums, updates = torch.zeros(3), 0
 
     def micro_loss(model, rows):
@@ -1035,7 +1058,7 @@ def policy_step(run, batch, keep, valid):
         loss, stats = policy_loss(
             log_probs, before, log_probs if reference is None else reference[rows, :width], own_advantages[rows], mask,
             algo=cfg.algo, clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef)
-        weight = own_trained[rows].sum().item() / count  # 0 for a rank that only takes part
+        weight = len(rows) / count if part_rows else 0  # 0 for a rank that only takes part
         sums.add_(torch.tensor([loss.item(), stats["kl"].item(), stats["clipped"].item()]) * weight)
         return loss * weight
 
@@ -1044,8 +1067,8 @@ def policy_step(run, batch, keep, valid):
             count = int(trained[part].sum())  # rows of this minibatch on all ranks, the mean's denominator
             if count == 0:
                 continue
-            part_rows = [row for row in rows if RANK + WORLD * (row // group) in part] or [0]
-            accumulate(run.policy, micro_batches(part_rows, batch.sequences, cfg.micro_tokens), micro_loss)
+            part_rows = [row for row in rows if RANK + WORLD * (row // group) in part]
+            accumulate(run.policy, micro_batches(part_rows or [0], batch.sequences, cfg.micro_tokens), micro_loss)
             run.log.put(policy_grad_norm=run.optimizers["policy"].step(run.lr_scale(batch.step)))
             updates += 1
     loss, kl, clipped = (x / updates for x in total(*sums))
@@ -1060,7 +1083,7 @@ def replaced_folder(path):
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
-    for file in temporary.iterdir():
+    for file in filter(Path.is_file, temporary.rglob("*")):  # tokenizers with several templates have a folder
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
     shutil.rmtree(old, ignore_errors=True)
@@ -1096,23 +1119,28 @@ def save_checkpoint(run, step):
         os.fsync(handle.fileno())
     barrier()
     if RANK == 0:
-        write_json(temporary / "state.json", {"step": step, "config": dataclasses.asdict(run.cfg), **versions()})
+        write_json(temporary / "state.json", {"step": step, "deflation": run.log.deflation,
+                                              "config": dataclasses.asdict(run.cfg), **versions()})
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
         for old in checkpoints(run.cfg.out)[:-run.cfg.keep]:
             shutil.rmtree(old)
     barrier()
 
+def check_resume(cfg):
+    """The newest checkpoint must belong to this configuration."""
+    for path in resumable(cfg)[-1:]:
+        saved, now = json.loads((path / "state.json").read_text())["config"], dataclasses.asdict(cfg)
+        changed = [f"--{name} was {saved.get(name)!r}, is {now[name]!r}" for name in now
+                   if name not in RESUME_MAY_CHANGE and saved.get(name) != now[name]]
+        if changed:
+            fail(f"--resume: {path} belongs to another configuration: {'; '.join(changed)}")
+
 def load_checkpoint(run):
     """Continue from the newest complete checkpoint of the same configuration. Returns its step, 0 if there is none."""
     found = resumable(run.cfg)
     if not found:
         return 0
-    saved, now = json.loads((found[-1] / "state.json").read_text()), dataclasses.asdict(run.cfg)
-    changed = [f"--{name} was {saved['config'].get(name)!r}, is {now[name]!r}" for name in now
-               if name not in RESUME_MAY_CHANGE and saved["config"].get(name) != now[name]]
-    if changed:
-        fail(f"--resume: {found[-1]} belongs to another configuration: {'; '.join(changed)}")
     for file in sorted(found[-1].glob("rank_*.safetensors")):  # of however many ranks there were
         with safetensors.safe_open(file, "pt") as shard:
             for key in shard.keys():
@@ -1120,8 +1148,10 @@ def load_checkpoint(run):
                 run.optimizers[optimizer].load(kind, name, lambda: shard.get_tensor(key))
     for optimizer in run.optimizers.values():
         optimizer.publish(optimizer.masters)
+    state = json.loads((found[-1] / "state.json").read_text())
+    run.log.deflation = state["deflation"]
     say(f"resumed from {found[-1]}")
-    return saved["step"]
+    return state["step"]
 
 def write_json(path, value):
     """Write and flush to disk."""
@@ -1385,6 +1415,13 @@ def train(cfg):
     """Read all input before writing any output, then run the stages asked for."""
     if checkpoints(cfg.out) and not cfg.resume:
         fail(f"--out {cfg.out}: it holds checkpoints of an earlier run: --resume, or another --out")
+    if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
+        fail(f"--out {cfg.out}: expected a folder, it is a file")
+    for package in ("tensorboard", "wandb"):
+        try:
+            getattr(cfg, package) and importlib.import_module(package)
+        except ImportError:
+            fail(f"--{package}: expected the {package} package to be installed")
     preference, saving = cfg.stage == "preference", cfg.stage in ("", "save")
     rm_tokenizer = load_tokenizer(cfg.rm, "rm")
     heldout = {name_of(file): read_pairs(cfg, file, "heldout", rm_tokenizer) for file in cfg.heldout}
@@ -1392,6 +1429,7 @@ def train(cfg):
         read_prompts(cfg, load_tokenizer(cfg.policy, "policy"))
     if preference and cfg.steps is None:
         cfg = dataclasses.replace(cfg, steps=max(1, len(data) * cfg.epochs // cfg.batch))
+    check_resume(cfg)
     run = Run(cfg, one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm, preference, cfg.seed)))
     if cfg.stage == "save" and cfg.rm_update == "save" and not run.rm.has_value_head:
         fail(f"--rm {cfg.rm}: it holds no value_head.safetensors; run --stage value first, or leave --stage out")
@@ -1411,10 +1449,13 @@ def train(cfg):
         return preference_stage(run, data, heldout)
     if cfg.stage == "value" or (cfg.rm_update == "save" and not run.rm.has_value_head and not resumable(cfg)):
         value_stage(run, data)
-    if cfg.stage == "value":
+    if cfg.stage == "value":  # nothing but the head was trained: the rest as it was before it was rounded to --dtype
+        if cfg.dtype != "float32":
+            run.rm.model = one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm)).model
         return save_models(run)
     if cfg.rm_update == "save":
         run.optimizers["value"] = ShardedAdamW(run.rm.value_head, cfg.lr_value, cfg)
+        run.rm.has_value_head = True
     save_stage(run, data, heldout)
 
 def name_of(source):

@@ -1,0 +1,362 @@
+"""Whole runs through the command line on the tiny world: what they write, two ranks, resume, every choice, refusals."""
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import save
+
+SMALL = {"steps": 2, "batch": 4, "group": 8, "m0": 1, "max_new_tokens": 12, "max_prompt_tokens": 32, "temperature": 1,
+         "top_k": 0, "top_p": 1, "value_prompts": 16, "value_k": 4, "value_epochs": 40, "value_lr": 0.02,
+         "lr_rm": 1e-5, "lr_policy": 1e-5, "micro_tokens": 128, "device": "cpu"}
+RM, HEAD, POLICY = MODELS = "rm/model.safetensors", "rm/value_head.safetensors", "policy/model.safetensors"
+
+def argv(world, out, **flags):
+    """The command line of a small run; True and False are --name and --no-name."""
+    words, inputs = [], {"policy": world / "policy", "rm": world / "rm", "prompts": world / "prompts.jsonl"}
+    for name, value in {**inputs, "out": out, **SMALL, **flags}.items():
+        values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
+        words += [f"--{'no-' if value is False else ''}{name}", *map(str, values)]
+    return words
+
+def run(world, out, **flags):
+    """A run in this process. Returns its folder."""
+    save.main(argv(world, out, **flags))
+    return out
+
+def refusal(capsys, words):
+    """Run what must be refused: exit code 2 and one line on stderr, which is returned."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        save.main(words)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("save.py: error: "), lines
+    return lines[0]
+
+def rows_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+def metrics(out):
+    """metrics.jsonl by stage and step, without the numbers that a clock decides."""
+    by_clock = ("_seconds", "_per_second", "host_gb")
+    return {(row.pop("stage"), row.pop("step")): {name: x for name, x in row.items() if not name.endswith(by_clock)}
+            for row in rows_of(out / "metrics.jsonl") if "stage" in row}
+
+def samples(out):
+    """samples.jsonl as {step: [rows of a prompt]}."""
+    steps = {}
+    for row in rows_of(out / "samples.jsonl"):
+        steps.setdefault(row["step"], {}).setdefault(row["prompt"][0]["content"], []).append(row)
+    return {step: list(prompts.values()) for step, prompts in steps.items()}
+
+def distance(a, b, file):
+    """Mean difference of two model files, of the tensor where it is largest, and of the same names. Not the largest
+    difference: where a gradient is 0 but for rounding, Adam makes a whole step of the rounding."""
+    a, b = load_file(a / file), load_file(b / file)
+    assert a.keys() == b.keys()
+    return max((a[name].float() - b[name].float()).abs().mean().item() for name in a)
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small are faster on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+# ---------------------------------------------------------------- one process and two ranks
+CASES = {  # --seed 5: some steps leave a rank nothing to train on, as asserted below
+    "gspo": {"algo": "gspo", "steps": 6, "num_minibatches": 2, "save_every": 2, "resume": True},
+    "grpo": {"steps": 6, "num_minibatches": 2, "policy_requires_both_signs": True, "mask_truncated": True, "m0": 0.7,
+             "seed": 5},
+    "rloo": {"algo": "rloo", "steps": 6, "batch": 2, "mask_truncated": True, "m0": 0.7, "seed": 5},
+    "preference": {"stage": "preference", "steps": 4, "batch": 8, "lr_rm": 1e-4, "micro_tokens": 64}}
+
+def case(world, out, name):
+    return argv(world, out / name, heldout=[world / "heldout_id.jsonl"], pairs=world / "pairs.jsonl", **CASES[name])
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):
+    """Folder of the cases on one process."""
+    out = tmp_path_factory.mktemp("alone")
+    for name in CASES:
+        save.main(case(world, out, name))
+    return out
+
+@pytest.fixture(scope="module")
+def together(world, tmp_path_factory):
+    """The same on two gloo ranks. One torchrun for all of them: see the end of this file."""
+    out = tmp_path_factory.mktemp("together")
+    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", "2", __file__]
+    done = subprocess.run([*command, json.dumps([case(world, out, name) for name in CASES])], text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(Path(save.__file__).parent)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_are_one_process(world, alone, together, name):
+    a, b = alone / name, together / name
+    for file in (RM,) if name == "preference" else MODELS:
+        assert distance(a, b, file) < (1e-6 if file == HEAD else 3e-8), file
+        assert file == HEAD or distance(a, world, file) > 1e-5, file
+    one, two = metrics(a), metrics(b)
+    assert one.keys() == two.keys() and rows_of(b / "metrics.jsonl")[0]["world"] == 2
+    for key in one:  # every number is that of all ranks
+        assert one[key].pop("health", 0) == two[key].pop("health", 0)
+        assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), key
+    if name != "preference":  # samples.jsonl holds rank 0's prompts
+        ours, theirs = ([row for prompts in steps.values() for prompt in prompts for row in prompt]
+                        for steps in ({t: prompts[::2] for t, prompts in samples(a).items()}, samples(b)))
+        assert len(ours) == len(theirs)
+        assert all(row == {**other, **{key: pytest.approx(other[key], abs=1e-4) for key in ("reward", "value")}}
+                   for row, other in zip(ours, theirs))
+
+def test_the_cases_have_steps_in_which_a_rank_has_nothing_to_train_on(alone):
+    """Rank r has prompts r, r + 2, ...; a lonely survivor counts as none. If this fails choose another --seed."""
+    def survivors(prompt, both_signs):
+        sides = [row["side"] for row in prompt]
+        none = sum(map(bool, sides)) < 2 or (both_signs and not {"+", "-"} <= set(sides))
+        return [not none and side != "" for side in sides]
+
+    rloo, valid, grpo = ([[survivors(prompt, both) for prompt in prompts] for prompts in samples(alone / name).values()]
+                         for name, both in (("rloo", False), ("rloo", True), ("grpo", True)))
+    assert any(any(a) != any(b) for a, b in rloo) and any(any(a) != any(b) for a, b in valid)
+    # within one of the two minibatches, while the rank's first row is trained on in the other
+    assert any(p[r][0] and not any(p[r + 2]) and any(p[3 - r]) for p in grpo for r in (0, 1))
+    logged = [metrics(alone / "grpo")["save", step].get("survivors", 0) for step in range(1, 7)]
+    assert logged == [sum(map(sum, prompts)) / 32 for prompts in grpo]
+
+# ---------------------------------------------------------------- what a run leaves behind
+def test_the_folders_load_in_plain_transformers(alone):
+    out = alone / "gspo"
+    assert {p.name for p in out.iterdir()} == {"rm", "policy", "metrics.jsonl", "samples.jsonl", "checkpoints"}
+    for name, kind in (("rm", AutoModelForSequenceClassification), ("policy", AutoModelForCausalLM)):
+        model, info = kind.from_pretrained(out / name, dtype="auto", output_loading_info=True)
+        assert {p.dtype for p in model.parameters()} == {torch.float32} and not any(info.values())
+        assert AutoTokenizer.from_pretrained(out / name).chat_template and (name == "policy" or model.num_labels == 1)
+    shapes = {name: (x.dtype, *x.shape) for name, x in load_file(out / HEAD).items()}
+    assert shapes == {"weight": (torch.float32, 1, model.config.hidden_size), "bias": (torch.float32, 1)}
+
+def test_metrics_begin_with_what_made_the_run_and_have_one_record_a_step(alone):
+    first, *records = rows_of(alone / "gspo" / "metrics.jsonl")
+    assert first["sha256"] == sha256(Path(save.__file__).read_bytes()).hexdigest() and first["world"] == 1
+    assert (first["torch"], first["config"]["algo"], first["config"]["dtype"]) == (torch.__version__, "gspo", "float32")
+    assert first["config"]["clip_high"] == 4e-4 and set(first["config"]) == set(vars(save.Config()))  # as used
+    assert [(row["stage"], row["step"]) for row in records] == [("value", 0)] + [("save", t) for t in range(7)]
+    assert records[0]["value_loss"] < records[0]["value_target_variance"]
+    assert records[1]["accuracy_heldout_id"] and records[7]["accuracy_heldout_id"]
+    for step, row in enumerate(records[2:], 1):
+        assert {"reward", "reward_spread", "valid", "truncated", "kl", "value_bias", "survivors", "clipped", "rm_loss",
+                "policy_grad_norm", "health"} <= set(row)
+        phases = [row[f"{phase}_seconds"] for phase in ("rollout", "score", "log_probs", "policy_update")]
+        phases += [row["rm_update_seconds"]] if row["valid"] else []
+        assert min(phases) > 0 and sum(phases) <= row["step_seconds"] and 0.1 < row["host_gb"] < 100
+        assert row["tokens_per_second"] == pytest.approx(32 * row["response_tokens"] / row["rollout_seconds"])
+        assert row["threshold"] == save.curriculum_threshold(step, 6, 1)
+    assert records[2]["kl"] < records[7]["kl"]
+
+def test_samples_agree_with_the_method_and_with_the_metrics(alone):
+    for name, m0 in (("gspo", 1), ("rloo", 0.7)):
+        for step, prompts in samples(alone / name).items():
+            rows, mu = [row for prompt in prompts for row in prompt], save.curriculum_threshold(step, 6, m0)
+            for row in rows:
+                a = row["reward"] - row["value"]
+                assert row["kept"] == (1 / (1 + math.exp(-abs(a))) >= mu and not row["truncated"])
+                assert row["side"] == (("+" if a >= 0 else "-") if row["kept"] else "")
+                assert row["prompt"][0]["role"] == "user" and isinstance(row["response"], str)
+            want = {key: sum(row[key] for row in rows) / len(rows) for key in ("reward", "kept", "truncated")}
+            want["valid"] = sum({"+", "-"} <= {row["side"] for row in p} for p in prompts) / len(prompts)
+            want["reward_spread"] = torch.tensor([[row["reward"] for row in p] for p in prompts]).std(1).mean().item()
+            got = metrics(alone / name)["save", step]
+            assert {key: got[key] for key in want} == pytest.approx(want, rel=1e-5)
+            assert len(rows) == 8 * CASES[name].get("batch", 4) and len({row["response"] for row in rows}) > 4
+
+# ---------------------------------------------------------------- the stages
+@pytest.mark.parametrize("start", ["rm", "policy"])
+def test_the_preference_stage_learns_the_pairs(world, tmp_path, start):
+    out = run(world, tmp_path / "out", stage="preference", rm=world / start, pairs=world / "pairs.jsonl", lr_rm=1e-3,
+              heldout=[world / "pairs.jsonl"], steps=24, batch=16, micro_tokens=2048)
+    logged = [row for (_, step), row in metrics(out).items() if step]
+    assert sum(row["rm_loss"] for row in logged[-4:]) < 0.5 * sum(row["rm_loss"] for row in logged[:4])
+    before, after = (metrics(out)["preference", step]["accuracy_pairs"] for step in (0, 24))
+    assert after > max(90, before)
+    assert AutoModelForSequenceClassification.from_pretrained(out / "rm").config.num_labels == 1
+    assert not (out / HEAD).exists()  # else the next stage would take an untrained anchor for a trained one
+
+@pytest.fixture(scope="module")
+def anchored(world, tmp_path_factory):
+    """A folder like `world` whose RM has a value head, by stage value."""
+    out = run(world, tmp_path_factory.mktemp("anchored") / "world", stage="value", dtype="bfloat16")
+    shutil.copytree(world / "policy", out / "policy")
+    shutil.copy(world / "prompts.jsonl", out)
+    return out
+
+def test_the_value_stage_adds_a_head_and_touches_nothing_else(world, anchored, tmp_path):
+    assert load_file(anchored / HEAD)["weight"].any() and not (anchored / "checkpoints").exists()
+    (key, record), = metrics(anchored).items()
+    assert key == ("value", 0) and record["value_loss"] < record["value_target_variance"]
+    for stage in ([], ["--stage", "save"]):
+        save.main(argv(anchored, tmp_path / "out", steps=1) + stage)
+    assert metrics(tmp_path / "out").keys() == {("save", 0), ("save", 1)}  # a head that is there is used
+    assert distance(world, anchored, RM) == 0  # in fp32, although it worked in bf16
+
+# ---------------------------------------------------------------- checkpoints
+def test_a_broken_run_resumes_to_the_same_bits(world, alone, tmp_path, monkeypatch):
+    full, out, save_step = alone / "gspo", tmp_path / "gspo", save.save_step
+
+    def breaks(run, step, prompts):
+        save_step(run, step, prompts)
+        assert step < 5, "power cut"
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="power cut"):
+        patch.setattr(save, "save_step", breaks)
+        save.main(case(world, tmp_path, "gspo"))
+    assert [p.name for p in save.checkpoints(out)] == ["step_000002", "step_000004"] and not (out / "rm").exists()
+    save.main(case(world, tmp_path, "gspo"))
+    assert [distance(full, out, file) for file in MODELS] == [0, 0, 0]
+    assert metrics(out) == metrics(full) and samples(out)[6] == samples(full)[6]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_000004", "step_000006"]  # --keep 2
+    assert [row["step"] for row in rows_of(out / "metrics.jsonl") if row.get("stage") == "value"] == [0]
+
+def test_a_checkpoint_of_two_ranks_resumes_on_one(world, alone, together, tmp_path, capsys):
+    out = shutil.copytree(together / "gspo", tmp_path / "gspo")
+    (out / "checkpoints" / "step_000006" / "state.json").unlink()  # as if killed while it wrote this one
+    assert len(list(out.glob("checkpoints/step_000004/rank_*.safetensors"))) == 2
+    save.main([*case(world, tmp_path, "gspo"), "--keep", "1"])
+    assert "step_000004" in capsys.readouterr().out
+    assert max(distance(alone / "gspo", out, file) for file in MODELS) < 1e-6
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_000006"]
+
+def test_what_resume_refuses(world, alone, capsys):
+    out, words = alone / "gspo", case(world, alone, "gspo")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    for flag, value in (("--lr_policy", "2e-5"), ("--seed", "1"), ("--steps", "7"), ("--batch", "8")):
+        line = refusal(capsys, [*words, flag, value])
+        assert "--resume" in line and flag in line and "--group" not in line
+    line = refusal(capsys, [*words, "--no-resume"])
+    assert "--resume" in line and f"--out {out}" in line
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+# ---------------------------------------------------------------- every choice does what it should, and only that
+@pytest.fixture(scope="module")
+def plain(anchored, tmp_path_factory):
+    return run(anchored, tmp_path_factory.mktemp("plain") / "out")
+
+@pytest.mark.parametrize("flags, changed", [
+    ({"offload": True}, ()), ({"checkpointing": True}, ()), ({"micro_tokens": 1}, ()), ({"max_rows": 8}, ()),
+    ({"algo": "gspo"}, ()),  # one optimizer step per rollout: every ratio is 1
+    ({"algo": "rloo"}, (POLICY,)), ({"kl_coef": 99}, (POLICY,)), ({"adv_group": "full"}, (POLICY,)),
+    ({"mask_truncated": True}, (POLICY,)), ({"policy_requires_both_signs": True}, (POLICY,)),
+    ({"v_full_group": True}, (HEAD,)), ({"lr_schedule": "linear"}, MODELS),
+    ({"rm_update": "hl_bt"}, MODELS), ({"rm_update": "mean_reward"}, MODELS), ({"rm_update": "none"}, (POLICY,))],
+    ids=str)
+def test_each_choice_changes(anchored, plain, tmp_path, flags, changed):
+    out = run(anchored, tmp_path / "out", **flags)
+    assert (out / "rm").exists() == (flags != {"rm_update": "none"})
+    for file in MODELS if (out / "rm").exists() else (POLICY,):
+        assert distance(plain, out, file) > 3e-7 if file in changed else distance(plain, out, file) < 3e-8, file
+    assert ("value_loss" in metrics(out)["save", 2]) == ("rm_update" not in flags)
+
+def test_bfloat16_trains_fp32_masters(anchored, tmp_path):
+    out = run(anchored, tmp_path / "out", dtype="bfloat16", lr_rm=1e-7)
+    before, after = load_file(anchored / RM), load_file(out / RM)
+    for name, x in before.items():
+        assert after[name].dtype is torch.float32 and 0 < (x - after[name]).abs().max() < 1e-6
+        assert (x.bfloat16() == after[name].bfloat16()).float().mean() > 0.9  # training in bf16 would lose these
+    assert {x.dtype for x in load_file(out / POLICY).values()} == {torch.bfloat16}
+
+def test_a_tokenizer_with_several_templates_is_saved(anchored, tmp_path):
+    policy, more = shutil.copytree(anchored / "policy", tmp_path / "policy"), "additional_chat_templates/tools.jinja"
+    (policy / more).parent.mkdir()
+    (policy / more).write_text("tools")
+    assert (run(anchored, tmp_path / "out", policy=policy, steps=1) / "policy" / more).exists()
+
+def test_health_says_once_what_does_nothing(anchored, plain, tmp_path, capsys):
+    out = run(anchored, tmp_path / "out", lr_rm=0, max_new_tokens=6, steps=3)
+    printed, health = capsys.readouterr().out, [str(metrics(out)["save", step]["health"]) for step in (1, 2, 3)]
+    for text in ("responses are truncated: raise --max_new_tokens", "the reward model did not change: raise --lr_rm"):
+        begins = sum(text in now and text not in last for last, now in zip(["", *health], health))
+        assert printed.count(text) == begins > 0
+    assert "did not change" not in str(metrics(plain))
+
+# ---------------------------------------------------------------- bad input
+ROW = '{"prompt": "copy a", "chosen": "a", "rejected": "b"}\n'
+FILES = {
+    "empty": "", "broken": ROW + "{\n" + ROW, "unnamed": ROW + '{"text": "copy a"}\n', "number": "7\n", "good": ROW,
+    "typed": ROW * 2 + '{"prompt": 7}\n', "blank": '{"prompt": " "}\n', "long": ROW + f'"{"copy " * 40}"\n',
+    "mute": '{"prompt": [{"role": "user"}]}\n', "answered": '[{"role": "assistant", "content": "a"}]\n',
+    "single": ROW + '{"prompt": "copy a", "chosen": "a"}\n', "null": ROW.replace('"b"', "null"),
+    "list": ROW + '["copy a", "a", "b"]\n', "aside": '{"chosen": "a", "rejected": "b"}\n',
+    "seven": ROW.replace('"b"', "7"), "latin1": '"café"\n', "plain.jsonl.gz": ROW, "one.json": ROW, "rows.ndjson": ROW}
+
+@pytest.fixture(scope="module")
+def bad(anchored, tmp_path_factory):
+    """A copy of the world with a bad copy of everything."""
+    path = shutil.copytree(anchored, tmp_path_factory.mktemp("bad") / "world")
+    for name, text in FILES.items():
+        (path / (name if "." in name else f"{name}.jsonl")).write_text(text, encoding="latin1")
+    for name, source, file, text in (
+            ("no_config", "policy", "config.json", None), ("no_weights", "policy", "model.safetensors", None),
+            ("no_head", "rm", "value_head.safetensors", None), ("no_template", "rm", "chat_template.jinja", None),
+            ("silent", "policy", "chat_template.jinja", None),
+            ("picky", "policy", "chat_template.jinja", "{{ raise_exception('no system prompt') }}"),
+            ("reversed", "rm", "chat_template.jinja", "{% for m in messages[::-1] %}{{ m.content }} {% endfor %}"),
+            ("two", "rm", "config.json", '{"architectures": ["SequenceClassification"], "model_type": "llama"}')):
+        (shutil.copytree(path / source, path / name) / file).unlink()
+        if text:
+            (path / name / file).write_text(text)
+    return path
+
+@pytest.mark.parametrize("words, said", [  # run in the folder above; the line holds the first word and what is said
+    ("--nonsense 1", ""), ("--step 3", ""), ("--steps", "argument"), ("--steps x", "int"), ("--steps 2.5", "int"),
+    ("--algo ppo", "grpo"), ("--stage all", "preference"), ("--steps -1", "-1: "), ("--steps 0", "more than 0"),
+    ("--batch 0", "more than 0"), ("--lr_rm nan", "nan: "), ("--lr_policy -0.1", "-0.1: "), ("--kl_coef inf", "inf: "),
+    ("--temperature 0", "more than 0"), ("--top_p 1.5", "at most 1"), ("--m0 2", "at most 1"),
+    ("--group 1", "2 or more"), ("--keep 0", "more than 0"), ("--batch 3", "ranks (2)"),
+    ("--batch 4 --num_minibatches 3", "--num_minibatches (3)"), ("--device cuda", "GPU"), ("--tensorboard", "package"),
+    ("--wandb", "package"), ("--out good.jsonl", "good.jsonl"),
+    ("--max_prompt_tokens 32 --max_new_tokens 2040", "--max_new_tokens 2040: expected at most 2048 together"),
+    ("--prompts none.jsonl", "none.jsonl"), ("--prompts nobody/nothing", "nobody/nothing"),
+    ("--prompts one.json", "list"), ("--prompts empty.jsonl", "one row or more"), ("--prompts plain.jsonl.gz", "gz"),
+    ("--prompts latin1.jsonl", "utf-8"), ("--prompts rows.ndjson", ".jsonl"),
+    ("--prompts broken.jsonl", "broken.jsonl row 2: not valid JSON"),
+    ("--prompts unnamed.jsonl", "unnamed.jsonl row 2: "), ("--prompts blank.jsonl", "blank.jsonl row 1: "),
+    ("--prompts number.jsonl", "number.jsonl row 1: "), ("--prompts typed.jsonl", "typed.jsonl row 3: "),
+    ("--prompts mute.jsonl", "mute.jsonl row 1: "), ("--prompts answered.jsonl", "answered.jsonl row 1: "),
+    ("--prompts long.jsonl", "long.jsonl row 2: a prompt of 42 tokens, expected at most --max_prompt_tokens 32"),
+    ("--prompts long.jsonl --max_prompt_tokens 2 --bad_rows drop", "none of its 2 rows"),
+    ("--pairs single.jsonl", "single.jsonl row 2: "), ("--pairs null.jsonl", "null.jsonl row 1: "),
+    ("--pairs list.jsonl", "list.jsonl row 2: "), ("--pairs seven.jsonl", "seven.jsonl row 1: "),
+    ("--pairs aside.jsonl", "aside.jsonl row 1: "), ("--pairs long.jsonl", "long.jsonl row 2: "),
+    ("--heldout good.jsonl broken.jsonl", "broken.jsonl row 2: "), ("--heldout list.jsonl", "list.jsonl row 2: "),
+    ("--rm reversed", "prefix"), ("--rm reversed --stage preference --pairs good.jsonl", "prefix"),
+    ("--prompts good.jsonl --policy picky", "good.jsonl row 1: "), ("--policy ./none", "no such folder"),
+    ("--policy no_config", "no_config"), ("--policy no_weights", "no_weights"),
+    ("--policy silent", "silent: its tokenizer has no chat template"), ("--policy rm", "causal"),
+    ("--rm ./none", "no such folder"), ("--rm no_template", "chat template"), ("--rm two", "two: it has 2 labels"),
+    ("--rm policy", "classifier"), ("--rm no_head --stage save", "--stage value")])
+def test_bad_input_is_refused_in_one_line_before_anything_is_written(bad, tmp_path, capsys, monkeypatch, words, said):
+    monkeypatch.chdir(bad)
+    monkeypatch.setattr(save, "WORLD", 2 if words == "--batch 3" else 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for package in ("wandb", "tensorboard"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    stage = ["--stage", "preference"] if words.startswith("--pairs") else []
+    line = refusal(capsys, argv(bad, tmp_path / "out") + stage + words.split())
+    assert words.split()[0] in line and said in line and not (tmp_path / "out").exists(), line
+
+if __name__ == "__main__":  # what torchrun starts on each rank
+    signal.alarm(300)  # ends ranks that wait for each other
+    torch.set_num_threads(1)
+    torch.distributed.destroy_process_group = lambda: None  # one group for all command lines
+    for words in json.loads(sys.argv[1]):
+        save.main(words)
