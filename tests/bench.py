@@ -51,7 +51,8 @@ def bench_rollout(args):
     tokenizer = policy.tokenizer
     filler = " ".join(f"Item {i}: the quick brown fox jumps over the lazy dog." for i in range(60))
     long = [tokenizer.decode(tokenizer(filler)["input_ids"][i:i + 270]) for i in (0, 40)]
-    for name, prompts, new in (("3 short prompts", SHORT, 48), ("2 prompts of about 300 tokens", long, 24)):
+    cases = {"short": ("3 short prompts", SHORT, 48), "long": ("2 prompts of about 300 tokens", long, 24)}
+    for name, prompts, new in (cases[case] for case in args.cases):
         ids = [save.encode_chat(tokenizer, [{"role": "user", "content": text}], True) for text in prompts]
         print(f"{name} ({', '.join(str(len(x)) for x in ids)} tokens) x 16, at most {new} new tokens")
         step = iter(range(10 ** 6))
@@ -154,6 +155,7 @@ if __name__ == "__main__":
     parser.add_argument("--rm")
     parser.add_argument("--prompts")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", choices=["short", "long"], default=["short", "long"])
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--variant", choices=["held", "ours"], help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args()
