@@ -134,10 +134,12 @@ class Config:
 
     @property
     def on_gpu(self):
+        """Whether the models are on a GPU (after `checked`)."""
         return self.device.startswith("cuda")
 
     @property
     def sampling(self):
+        """The arguments of `rollout` that are flags."""
         return {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "max_rows")}
 
     def checked(self):
