@@ -164,8 +164,10 @@ def test_samples_agree_with_the_method_and_with_the_metrics(alone):
             want = {key: sum(row[key] for row in rows) / len(rows) for key in ("reward", "kept", "truncated")}
             want["valid"] = sum({"+", "-"} <= {row["side"] for row in p} for p in prompts) / len(prompts)
             want["reward_spread"] = torch.tensor([[row["reward"] for row in p] for p in prompts]).std(1).mean().item()
+            ended = [[row["reward"] for row in p if not row["truncated"]] or [0] for p in prompts]
+            want["value_bias"] = sum(p[0]["value"] - sum(r) / len(r) for p, r in zip(prompts, ended)) / len(prompts)
             got = metrics(alone / name)["save", step]
-            assert {key: got[key] for key in want} == pytest.approx(want, rel=1e-5)
+            assert {key: got[key] for key in want} == pytest.approx(want, rel=1e-5, abs=1e-5)
             assert len(rows) == 8 * CASES[name].get("batch", 4) and len({row["response"] for row in rows}) > 4
 
 @pytest.mark.parametrize("start", ["rm", "policy"])
