@@ -168,12 +168,12 @@ class Config:
         unset = {name: value for name, value in used.items() if getattr(self, name) in (None, "auto", "cuda")}
         return dataclasses.replace(self, **unset)
 
-def parse_config(argv=None):
-    """Flags from Config: name and type of each field; its comment is the help text and lists choices as a | b."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = lambda message: fail(message + " (save.py --help lists the flags)")
-    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.M))
-    for field in dataclasses.fields(Config):
+def parse_config(argv=None, kind=Config):
+    """Flags from a dataclass: name and type of each field; its comment is the help text, with choices as a | b."""
+    parser = argparse.ArgumentParser(description=kind.__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: fail(message + " (--help lists the flags)")
+    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(kind), re.M))
+    for field in dataclasses.fields(kind):
         options = {"help": comments[field.name], "default": argparse.SUPPRESS}
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -182,7 +182,7 @@ def parse_config(argv=None):
             options.update(type=str if field.type is list else field.type, nargs="+" if field.type is list else None,
                            choices=choices and choices[0].split(" | "), metavar=field.type.__name__)
         parser.add_argument("--" + field.name, **options)
-    return Config(**vars(parser.parse_args(argv)))
+    return kind(**vars(parser.parse_args(argv)))
 
 # ---- 3. ranks and devices: the only place that knows torch.distributed ----------------------------------------------
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
@@ -194,6 +194,11 @@ def start_ranks(device):
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(hours=2))
+
+def stop_ranks():
+    """Leave the process group, on errors too."""
+    if WORLD > 1 and dist.is_initialized():
+        dist.destroy_process_group()
 
 def barrier():
     """Wait for every rank."""
@@ -1410,8 +1415,7 @@ def main(argv=None):
             print(f"save.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
-        if WORLD > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+        stop_ranks()
 
 def train(cfg):
     """Read all input before writing any output, then run the stages asked for."""

@@ -1,0 +1,403 @@
+"""eval.py's runs on reward models: scores beside plain transformers, caching, ranks, tables, refusals."""
+import gzip
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import toy
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import eval as evaluation
+import save
+
+ROOT = Path(__file__).resolve().parents[1]
+
+def run(*words):
+    evaluation.main([str(word) for word in words])
+
+def refusal(capsys, *words):
+    """Run what must be refused: exit code 2 and one line on stderr, which is returned."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(*words)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eval.py: error: ")]
+    assert stop.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+def rows_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+def words(rng, low=1, high=9):
+    return " ".join(rng.choices("abcdefgh", k=rng.randint(low, high)))
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_benchmarks(tmp_path_factory.mktemp("data"))
+
+def write_benchmarks(path):
+    """Small benchmarks in the official local formats: a folder for --data."""
+    rng = random.Random(0)
+
+    def write(name, rows):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(rows) if ".json." in name + "." else "".join(json.dumps(row) + "\n" for row in rows)
+        (gzip.open if name.endswith(".gz") else open)(path / name, "wt").write(text)
+
+    def prompt():
+        return f"copy {words(rng)}"
+
+    subsets = [subset for section in evaluation.REWARDBENCH_SECTIONS.values() for subset in section]
+    write("reward-bench/filtered.jsonl", [
+        {"prompt": prompt(), "chosen": words(rng), "rejected": words(rng), "subset": subset, "id": i}
+        for i, subset in enumerate(subsets * 2)])
+    rows = [{"id": str(i), "prompt": prompt(), "chosen": [words(rng)], "rejected": [words(rng) for _ in range(3)],
+             "subset": subset, "num_correct": 1}
+            for i, subset in enumerate(("Factuality", "Precise IF", "Math", "Safety", "Focus") * 2)]
+    rows += [{"id": f"{form}:{n}", "prompt": prompt(), "chosen": [words(rng) for _ in range(count)], "subset": "Ties",
+              "rejected": [words(rng) for _ in range(3)], "num_correct": count}
+             for n in range(3) for form, count in (("ref", 1), ("tied", 4))]
+    write("rewardbench2.json", rows)
+    for domain in ("chat", "math", "code", "safety-refuse", "safety-response"):
+        write(f"RM-Bench/{domain}_filtered.json.gz", [
+            {"id": i, "prompt": prompt(), "chosen": [words(rng) for _ in range(3)],
+             "rejected": [words(rng) for _ in range(3)]} for i in range(3)])
+    write("PPE-Human-Preference-V1/data/test.jsonl", [
+        {"question_id": i, "prompt": prompt(), "response_1": words(rng), "response_2": words(rng), "winner": winner}
+        for i, winner in enumerate(("model_a", "model_b", "tie", "tie (bothbad)") * 3)])
+    for name in ("MMLU-Pro", "MATH"):
+        write(f"PPE-{name}-Best-of-K/data/train.jsonl", [
+            {"question_id": i, "prompt": prompt(), "scores": [j % 2 == 0 for j in range(8)],
+             "sampled_conflict_pairs": [[0, 1], [3, 2], [0, 5]], **{f"response_{j + 1}": words(rng) for j in range(8)}}
+            for i in range(4)])
+    write("judgebench/gpt.jsonl", [
+        {"pair_id": str(i), "source": source, "question": prompt(), "response_A": words(rng), "response_B": words(rng),
+         "label": ("A>B", "B>A")[i % 2]}
+        for i, source in enumerate(("mmlu-pro-law", "livebench-reasoning", "livebench-math", "livecodebench") * 2)])
+    return path
+
+@pytest.fixture(scope="module")
+def rms(world, tmp_path_factory):
+    """Two reward models: the tiny world's, and one with other weights."""
+    other = tmp_path_factory.mktemp("rms") / "other"
+    shutil.copytree(world / "rm", other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+               for name, x in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    return world / "rm", other
+
+@pytest.fixture(scope="module")
+def everything(rms, data, tmp_path_factory):
+    """One run of both reward models on all six benchmarks."""
+    out = tmp_path_factory.mktemp("everything")
+    run("--rm", *rms, "--bench", "all", "--data", data, "--out", out, "--draws", 200)
+    return out
+
+def plain_score(path, prompt, response):
+    """The stock model on one text, without padding, mask or cache."""
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForSequenceClassification.from_pretrained(path)
+    chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False, return_tensors="pt")
+    with torch.no_grad():
+        return model(input_ids=ids["input_ids"]).logits[0, 0].item()
+
+# ---- scores ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("budget", [1, 64, 100000])
+def test_scores_are_those_of_plain_transformers(world, tmp_path, budget):
+    run("--rm", world / "rm", "--bench", world / "heldout_id.jsonl", "--out", tmp_path, "--micro_tokens", budget)
+    pairs, scored = rows_of(world / "heldout_id.jsonl"), rows_of(tmp_path / "scores.jsonl")
+    assert len(pairs) == len(scored) == 32
+    for pair, row in list(zip(pairs, scored))[:4 if budget > 1 else 32]:
+        for side in ("chosen", "rejected"):
+            plain = plain_score(world / "rm", pair["prompt"], pair[side])
+            assert row[f"score_{side}"] == pytest.approx(plain, abs=1e-5)
+
+def test_the_result_has_the_promised_shape(world, tmp_path):
+    run("--rm", world / "rm", "--bench", world / "heldout_id.jsonl", "--out", tmp_path)
+    scored = rows_of(tmp_path / "scores.jsonl")
+    right = sum(row["score_chosen"] > row["score_rejected"] for row in scored)
+    result = results(tmp_path)[str(world / "rm")][str(world / "heldout_id.jsonl")]
+    assert result["average"] == pytest.approx(100 * right / 32)
+    assert result["interval"]["average"][0] <= result["average"] <= result["interval"]["average"][1]
+    assert result["rows"] == 32 and result["texts"] == 64 and result["truncated"] == 0
+
+def test_each_different_text_is_scored_once(world, tmp_path, monkeypatch):
+    rows = [{"prompt": "copy a", "chosen": "a", "rejected": "b"}, {"prompt": "copy a", "chosen": "b", "rejected": "c"},
+            {"prompt": "copy a", "chosen": "a", "rejected": "a"}]
+    toy.write_rows(tmp_path / "pairs.jsonl", rows)
+    seen = []
+    features = save.RewardModel.features
+    monkeypatch.setattr(save.RewardModel, "features", lambda self, ids, lengths, prompts:
+                        seen.extend(map(tuple, ids.tolist())) or features(self, ids, lengths, prompts))
+    run("--rm", world / "rm", "--bench", tmp_path / "pairs.jsonl", "--out", tmp_path / "out")
+    assert len(seen) == len(set(seen)) == 3
+    assert results(tmp_path / "out")[str(world / "rm")][str(tmp_path / "pairs.jsonl")]["ties"] == 1
+
+def test_a_chat_and_a_string_are_the_same_text(world, tmp_path):
+    chat = [{"role": "user", "content": "copy a b"}]
+    reply = [{"role": "assistant", "content": "a b"}]
+    rows = [{"prompt": "copy a b", "chosen": "a b", "rejected": "c"},
+            {"prompt": chat, "chosen": "a b", "rejected": "c"},
+            {"chosen": chat + reply, "rejected": chat + [{"role": "assistant", "content": "c"}]}]
+    toy.write_rows(tmp_path / "pairs.jsonl", rows)
+    run("--rm", world / "rm", "--bench", tmp_path / "pairs.jsonl", "--out", tmp_path)
+    first, *others = [{key: x for key, x in row.items() if "score" in key}
+                      for row in rows_of(tmp_path / "scores.jsonl")]
+    assert others == [first, first] and first["score_chosen"] != first["score_rejected"]
+
+def test_long_texts_are_cut_on_the_left_and_keep_one_bos(world, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(world / "rm")
+    whole = evaluation.encode(tokenizer, "copy a b c d", "a b c d", 100)
+    cut = evaluation.encode(tokenizer, "copy a b c d", "a b c d", 8)
+    bos = tokenizer.bos_token_id
+    assert bos is not None and whole.count(bos) == 1 and cut == [bos] + whole[-7:]
+    assert evaluation.encode(tokenizer, "copy a b c d", "a b c d", len(whole)) == whole
+    toy.write_rows(tmp_path / "pairs.jsonl", [{"prompt": "copy a b c d", "chosen": "a b c d", "rejected": "a"}] * 2)
+    limit = len(whole) - 1
+    run("--rm", world / "rm", "--bench", tmp_path / "pairs.jsonl", "--out", tmp_path, "--max_length", limit)
+    result = results(tmp_path)[str(world / "rm")][str(tmp_path / "pairs.jsonl")]
+    assert result["truncated"] == 2 and result["texts"] == 4
+
+# ---- six benchmarks -------------------------------------------------------------------------------------------------
+
+def test_all_six_and_their_average(everything, rms):
+    for rm in map(str, rms):
+        result = results(everything)[rm]
+        assert list(result) == [*evaluation.BENCHMARKS, "all"]
+        averages = [result[name]["average"] for name in evaluation.BENCHMARKS]
+        assert result["all"]["average"] == pytest.approx(sum(averages) / 6)
+        assert result["ppe_preference"]["rows"] == 6  # the undecided are not scored
+        assert set(result["ppe_correctness"]) >= {"MMLU-Pro", "MATH", "average"}
+        assert set(result["rmbench"]) >= {"chat", "math", "code", "safety", "easy", "normal", "hard"}
+
+def test_scores_file_gives_the_results_again(everything, rms):
+    """The public functions on scores.jsonl: what a reader of the file would compute."""
+    scored = rows_of(everything / "scores.jsonl")
+    for rm in map(str, rms):
+        for name in evaluation.BENCHMARKS:
+            rows = [row for row in scored if row["rm"] == rm and row["bench"] == name]
+            want = getattr(evaluation, f"{name}_scores")(rows)
+            got = results(everything)[rm][name]
+            assert {key: got[key] for key in want} == pytest.approx(want) and len(rows) == got["rows"]
+
+def test_scores_sit_at_their_texts(everything, rms, data):
+    """One row of each benchmark against the stock model: no side, index or domain is swapped."""
+    rows = {row["bench"]: row for row in reversed(rows_of(everything / "scores.jsonl")) if row["rm"] == str(rms[0])}
+
+    def score(prompt, response):
+        return pytest.approx(plain_score(rms[0], prompt, response), abs=1e-5)
+
+    row = rows_of(data / "reward-bench/filtered.jsonl")[0]
+    assert rows["rewardbench"]["score_chosen"] == score(row["prompt"], row["chosen"])
+    assert rows["rewardbench"]["score_rejected"] == score(row["prompt"], row["rejected"])
+    row = json.loads((data / "rewardbench2.json").read_text())[0]
+    assert rows["rewardbench2"]["scores"] == [score(row["prompt"], text) for text in row["chosen"] + row["rejected"]]
+    row = json.load(gzip.open(data / "RM-Bench/chat_filtered.json.gz"))[0]
+    assert rows["rmbench"]["domain"] == "chat"
+    assert rows["rmbench"]["score_chosen"] == [score(row["prompt"], text) for text in row["chosen"]]
+    assert rows["rmbench"]["score_rejected"] == [score(row["prompt"], text) for text in row["rejected"]]
+    row = rows_of(data / "PPE-Human-Preference-V1/data/test.jsonl")[0]
+    assert rows["ppe_preference"]["score_1"] == score(row["prompt"], row["response_1"])
+    assert rows["ppe_preference"]["score_2"] == score(row["prompt"], row["response_2"])
+    row = rows_of(data / "PPE-MATH-Best-of-K/data/train.jsonl")[0]
+    got = rows["ppe_correctness"]
+    assert got["benchmark"] == "MATH" and [got["rewards"][i] for i in (4, 6, 7)] == [None] * 3
+    assert [got["rewards"][i] for i in (0, 5)] == [score(row["prompt"], row[f"response_{i + 1}"]) for i in (0, 5)]
+    row = rows_of(data / "judgebench/gpt.jsonl")[0]
+    assert rows["judgebench"]["score_A"] == score(row["question"], row["response_A"])
+    assert rows["judgebench"]["score_B"] == score(row["question"], row["response_B"])
+
+def test_the_length_baseline_reads_no_model(everything, rms, data):
+    rows = rows_of(data / "judgebench/gpt.jsonl")
+    scored = [{**row, **{f"score_{side}": len(row[f"response_{side}"]) for side in "AB"}} for row in rows]
+    want = evaluation.judgebench_scores(scored)["average"]
+    assert {results(everything)[str(rm)]["judgebench"]["length_only"] for rm in rms} == {want}
+
+def test_the_table_says_what_a_reader_must_know(rms, data, tmp_path, capsys):
+    named = tmp_path / "Skywork-Reward-V2-Llama-3.2-3B"
+    shutil.copytree(rms[0], named)
+    run("--rm", named, rms[1], "--bench", "judgebench", "--data", data, "--draws", 50)
+    text = capsys.readouterr().out
+    assert "the paper's number" in text and "69.2" in text and "minus the first" in text
+    assert "the longer answer wins" in text and "only 8 of 350 rows" in text and "mean of categories" in text
+
+def test_part_of_rmbench_is_said_to_be_a_part(rms, data, tmp_path, capsys):
+    shutil.copytree(data / "RM-Bench", tmp_path / "RM-Bench")
+    (tmp_path / "RM-Bench/math_filtered.json.gz").unlink()
+    run("--rm", rms[0], "--bench", "rmbench", "--data", tmp_path, "--out", tmp_path)
+    result = results(tmp_path)[str(rms[0])]["rmbench"]
+    assert "math" not in result and result["rows"] == 12
+    assert result["average"] == pytest.approx(sum(result[name] for name in ("chat", "code", "safety")) / 3)
+    assert "only 12 of 1327 rows, not comparable" in capsys.readouterr().out
+
+# ---- two reward models ----------------------------------------------------------------------------------------------
+
+def test_the_difference_is_paired(world, rms, tmp_path):
+    same = tmp_path / "same"
+    shutil.copytree(rms[0], same)
+    bench = world / "heldout_id.jsonl"
+    run("--rm", rms[0], same, rms[1], "--bench", bench, "--out", tmp_path)
+    first, copy, other = (results(tmp_path)[str(rm)][str(bench)] for rm in (rms[0], same, rms[1]))
+    assert "difference" not in first and copy["difference"]["average"] == [0, 0]
+    low, high = other["difference"]["average"]
+    assert low <= other["average"] - first["average"] <= high and low < high
+    # pairing: the two disagree on few pairs only, so the difference is known better than either number
+    assert high - low < (other["interval"]["average"][1] - other["interval"]["average"][0]) * 2 ** 0.5
+
+# ---- cache and ranks ------------------------------------------------------------------------------------------------
+
+def count_texts(monkeypatch, stop_after=None):
+    """Count the texts that pass the model; raise after some, as a kill would."""
+    seen, features = [], save.RewardModel.features
+
+    def counted(self, ids, lengths, prompts):
+        if stop_after is not None and len(seen) >= stop_after:
+            raise KeyboardInterrupt
+        seen.extend(ids.tolist())
+        return features(self, ids, lengths, prompts)
+
+    monkeypatch.setattr(save.RewardModel, "features", counted)
+    return seen
+
+def test_a_second_run_scores_nothing(world, data, tmp_path, monkeypatch):
+    flags = ("--rm", world / "rm", "--bench", "judgebench", "rmbench", "--data", data, "--out", tmp_path)
+    run(*flags)
+    first = results(tmp_path)
+    seen = count_texts(monkeypatch)
+    run(*flags)
+    assert results(tmp_path) == first and not seen
+
+def test_an_interrupted_run_goes_on(world, tmp_path, monkeypatch):
+    flags = ("--rm", world / "rm", "--bench", world / "heldout_id.jsonl", "--micro_tokens", 64)
+    run(*flags, "--out", tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        before = count_texts(patch, stop_after=20)
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags, "--out", tmp_path / "killed")
+    file = next((tmp_path / "killed/cache").glob("*.jsonl"))
+    file.write_bytes(file.read_bytes()[:-5])  # killed while writing its last line
+    after = count_texts(monkeypatch)
+    run(*flags, "--out", tmp_path / "killed")
+    assert results(tmp_path / "killed") == results(tmp_path / "straight")
+    assert 0 < len(after) < len(before) + len(after) <= 64 + 8  # the torn line's few texts again, no others
+
+def test_other_weights_in_the_same_folder_are_scored_anew(rms, tmp_path, monkeypatch):
+    shutil.copytree(rms[0], tmp_path / "rm")
+    toy.write_rows(tmp_path / "pairs.jsonl", [{"prompt": "copy a", "chosen": "a", "rejected": "b"}])
+    flags = ("--rm", tmp_path / "rm", "--bench", tmp_path / "pairs.jsonl", "--out", tmp_path)
+    run(*flags)
+    first = rows_of(tmp_path / "scores.jsonl")
+    shutil.copy(rms[1] / "model.safetensors", tmp_path / "rm/model.safetensors")
+    run(*flags)
+    assert rows_of(tmp_path / "scores.jsonl")[0]["score_chosen"] != first[0]["score_chosen"]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    seen = count_texts(monkeypatch)
+    run(*flags, "--dtype", "bfloat16")
+    assert len(seen) == 2  # another precision is another model
+
+def test_two_ranks_give_the_same_as_one(everything, rms, data, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "eval.py",
+               "--rm", rms[0], "--bench", "all", "--data", data, "--out", tmp_path, "--draws", "200", "--device", "cpu"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shares = [{key for row in rows_of_cache(file) for key in row} for file in sorted((tmp_path / "cache").iterdir())]
+    assert len(shares) == 2 and min(map(len, shares)) > 50 and not shares[0] & shares[1]
+    one = [row for row in rows_of(everything / "scores.jsonl") if row["rm"] == str(rms[0])]
+    for ours, theirs in zip(rows_of(tmp_path / "scores.jsonl"), one, strict=True):
+        assert theirs.keys() == ours.keys()
+        for key, value in theirs.items():  # scores up to rounding, which depends on what else is in a batch
+            for got, want in zip(flat(ours[key]), flat(value), strict=True):
+                assert got == (pytest.approx(want, abs=1e-5) if isinstance(want, float) else want)
+    for name, result in results(tmp_path)[str(rms[0])].items():
+        assert result["average"] == pytest.approx(results(everything)[str(rms[0])][name]["average"])
+
+def rows_of_cache(file):
+    return [json.loads(line) for line in file.read_text().splitlines() if line]
+
+def flat(value):
+    return [x for item in value for x in flat(item)] if isinstance(value, list) else [value]
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+GOOD = {"prompt": "copy a", "chosen": "a", "rejected": "b"}
+
+@pytest.mark.parametrize("row, said", [
+    ({"prompt": "copy a", "chosen": "a"}, "row 2: expected a column rejected (str or list)"),
+    ({"prompt": "copy a", "chosen": 3, "rejected": "b"}, "row 2: expected a column chosen (str or list)"),
+    ({"chosen": "a", "rejected": "b"}, "row 2: expected a non-empty string or a list"),
+    ("copy a", "row 2: expected a column chosen"),
+    ('{"prompt": ', "row 2: not valid JSON"),
+])
+def test_a_bad_row_names_file_and_row(world, tmp_path, capsys, row, said):
+    lines = [json.dumps(GOOD), row if isinstance(row, str) and row.startswith("{") else json.dumps(row)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    line = refusal(capsys, "--rm", world / "rm", "--bench", tmp_path / "pairs.jsonl", "--out", tmp_path / "out")
+    assert str(tmp_path / "pairs.jsonl") in line and said in line and not (tmp_path / "out").exists()
+
+@pytest.mark.parametrize("name, file, change, said", [
+    ("rmbench", "RM-Bench/chat_filtered.json", {"chosen": ["a"]}, "expected three chosen and three rejected"),
+    ("rmbench", "RM-Bench/other_filtered.json", {}, "expected chat, math, code or safety"),
+    ("judgebench", "gpt.jsonl", {"label": "A=B"}, "label 'A=B', expected A>B or B>A"),
+    ("rewardbench2", "rewardbench2.jsonl", {"id": "7", "subset": "Ties"}, "id '7', expected ref:N or tied:N"),
+    ("ppe_correctness", "ppe_correctness.jsonl", {"sampled_conflict_pairs": [[0, 2]]}, "expected a right and a wrong"),
+    ("ppe_correctness", "ppe_correctness.jsonl", {"sampled_conflict_pairs": [[0, 9]]}, "expected a right and a wrong"),
+])
+def test_a_bad_official_row_is_named(world, tmp_path, capsys, name, file, change, said):
+    row = {"prompt": "copy a", "question": "copy a", "chosen": ["a"] * 3, "rejected": ["b"] * 3, "response_A": "a",
+           "response_B": "b", "source": "livecodebench", "label": "A>B", "id": "ref:1", "subset": "Ties",
+           "scores": [True, False, True], "sampled_conflict_pairs": [[0, 1]], "benchmark": "MATH",
+           **{f"response_{i}": "a" for i in (1, 2, 3)}}
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**row, **change} if file.endswith("l") else [{**row, **change}]) + "\n")
+    line = refusal(capsys, "--rm", world / "rm", "--bench", name, "--data", tmp_path)
+    assert said in line and "row 1" in line and path.name in line
+
+@pytest.mark.parametrize("flags, said", [
+    (["--bench", "judgebench"], "either --rm or --policy"),
+    (["--rm", "x", "--policy", "y", "--bench", "all"], "either --rm or --policy"),
+    (["--rm", "x"], "--bench: expected one or more of rewardbench"),
+    (["--rm", "x", "--bench", "mmlu"], "--bench mmlu: expected rewardbench"),
+    (["--rm", "x", "x", "--bench", "judgebench"], "given twice"),
+    (["--rm", "x", "--bench", "arena_hard"], "--bench arena_hard: expected rewardbench"),
+    (["--policy", "x", "--bench", "judgebench"], "--bench judgebench: expected alpaca_eval"),
+    (["--policy", "x", "--bench", "alpaca_eval"], "--out: expected a folder"),
+    (["--policy", "x", "--bench", "arena_hard", "--out", "y"], "expected --judge and --arena_dir"),
+    (["--rm", "x", "--bench", "judgebench", "--data", "nowhere"], "--data nowhere: expected a folder"),
+    (["--rm", "x", "--bench", "judgebench", "--draws", "0"], "--draws 0: expected more than 0"),
+    (["--rm", "x", "--bench", "judgebench", "--max_length", "-1"], "--max_length -1: expected 0 or more"),
+    (["--rm", "x", "--bench", "judgebench", "--draws", "many"], "invalid int value"),
+    (["--rm", "x", "--bench", "judgebench", "--no_such_flag"], "unrecognized arguments: --no_such_flag"),
+    (["--rm", "x", "--bench", "nowhere.jsonl"], "nowhere.jsonl: expected a JSON file"),
+])
+def test_bad_flags(capsys, flags, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said in refusal(capsys, *flags) and not list(tmp_path.iterdir())
+
+def test_what_is_no_reward_model(world, data, tmp_path, capsys):
+    flags = ("--bench", "judgebench", "--data", data)
+    assert "no reward head" in refusal(capsys, "--rm", world / "policy", *flags)
+    assert "no such folder" in refusal(capsys, "--rm", tmp_path / "missing", *flags)
+    (tmp_path / "empty").mkdir()
+    assert "expected a model folder" in refusal(capsys, "--rm", tmp_path / "empty", *flags)
+    line = refusal(capsys, "--rm", world / "rm", "--bench", "judgebench", "--data", tmp_path)
+    assert "nothing for --bench judgebench" in line and "gpt.jsonl" in line
+
+def test_the_second_model_fails_and_the_first_is_kept(world, data, tmp_path, capsys):
+    shutil.copytree(world / "rm", tmp_path / "broken")
+    weights = load_file(tmp_path / "broken/model.safetensors")
+    weights["score.weight"] = weights["score.weight"] * float("nan")
+    save_file(weights, tmp_path / "broken/model.safetensors", {"format": "pt"})
+    out = tmp_path / "out"
+    line = refusal(capsys, "--rm", world / "rm", tmp_path / "broken", "--bench", "judgebench", "--data", data,
+                   "--out", out)
+    assert "not finite" in line and results(out)[str(world / "rm")]["judgebench"]["rows"] == 8
