@@ -3,10 +3,12 @@
     python tests/bench.py rollout --policy DIR     tokens per second beside transformers' generate
     python tests/bench.py memory --rm DIR          peak memory and time of the RM update, half the rows filtered
     python tests/bench.py steps --policy DIR --rm DIR --prompts FILE   a SAVE step beside a step with the RM frozen
+    python tests/bench.py scoring --rm DIR --pairs FILE --rewardbench DIR   eval.py beside the rewardbench package
 
 Each figure is the median over --repeats; ratios are taken pair by pair. CPU seconds are those of the whole process.
 """
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -16,33 +18,37 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 
 import torch
 from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import eval as evaluation  # noqa: E402
 import save  # noqa: E402
 
 SHORT = ["Name three rivers in Europe.", "What is the capital of Australia?", "Why is the sky blue?"]
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
 
 
-def compare(ours, theirs, repeats):
-    """Run the two in turn. Each returns a count; the result is (count per CPU second, per wall second) of both."""
+def compare(ours, theirs, repeats, name="generate", warm_up=1):
+    """Run the two in turn, after `warm_up` rounds. Each returns a count; prints and returns counts per second."""
     rates = []
-    for _ in tqdm(range(repeats + 1), leave=False):  # the first is a warm-up
+    for _ in tqdm(range(repeats + warm_up), leave=False):
         pair = []
         for run in (ours, theirs):
             cpu, wall = time.process_time(), time.perf_counter()
             count = run()
             pair += [count / (time.process_time() - cpu), count / (time.perf_counter() - wall)]
         rates.append(pair)
-    rates = rates[1:]
+    rates = rates[warm_up:]
     for kind, i in (("CPU", 0), ("wall", 1)):
         ratios = [rate[i] / rate[i + 2] for rate in rates]
-        print(f"  per {kind} second: ours {statistics.median(r[i] for r in rates):.1f}  "
-              f"generate {statistics.median(r[i + 2] for r in rates):.1f}  "
-              f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs)")
+        print(f"  per {kind} second: ours {statistics.median(r[i] for r in rates):.4g}  "
+              f"{name} {statistics.median(r[i + 2] for r in rates):.4g}  "
+              f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} repeats)")
+    return rates  # [CPU ours, wall ours, CPU theirs, wall theirs] of each repeat
 
 
 def bench_rollout(args):
@@ -148,12 +154,129 @@ def bench_steps(args):
           f"({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs)")
 
 
+def rewardbench_pipeline(folder, path):
+    """RewardBenchPipeline of rewardbench 0.1.4 on the stock model, set up as scripts/run_rm.py does, in fp32."""
+    file = pathlib.Path(folder, "rewardbench", "models", "pipeline.py")
+    spec = importlib.util.spec_from_file_location("rewardbench_pipeline", file)  # the whole package imports far more
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tokenizer = AutoTokenizer.from_pretrained(path, truncation_side="left")  # the padding side stays the tokenizer's
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = model.config.pad_token_id = tokenizer.eos_token_id
+    elif model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return module.RewardBenchPipeline("text-classification", model=model, tokenizer=tokenizer)
+
+
+def rewardbench_scores(pipe, rows, size):
+    """Rows in their order, a batch of chosen texts, then one of rejected ones -> [chosen, rejected, chosen, ...]."""
+    to, sides = BatchEncoding.to, {"chosen": [], "rejected": []}
+    # the pipeline moves its inputs to "cuda" whatever the model is on: here that means the model's device
+    here = unittest.mock.patch.object(BatchEncoding, "to", lambda inputs, device: to(
+        inputs, pipe.model.device if device == "cuda" else device))
+    with here:
+        for start in range(0, len(rows), size):
+            for side, scores in sides.items():
+                texts = [rendered(pipe.tokenizer, row, side) for row in rows[start:start + size]]
+                logits = pipe(texts, batch_size=size, truncation=True, padding=True, max_length=2048)
+                scores += logits.float().flatten().tolist()
+    return [score for pair in zip(*sides.values()) for score in pair]
+
+
+def rendered(tokenizer, row, side):
+    """One side of a pair in the chat template, as text."""
+    reply = {"role": "assistant", "content": save.last_reply(row[side], "")}
+    return tokenizer.apply_chat_template([*row["prompt"], reply], tokenize=False)
+
+
+@torch.no_grad()
+def one_by_one(pipe, rows):
+    """The plain loop: no padding, no mask, the stock forward pass -> [chosen, rejected, chosen, ...]."""
+    texts = [rendered(pipe.tokenizer, row, side) for row in rows for side in ("chosen", "rejected")]
+    return [pipe.model(torch.tensor([pipe.tokenizer(text)["input_ids"]])).logits.item() for text in texts]
+
+
+def padding(lengths, batches):
+    """Padded tokens over real ones, for batches of row numbers."""
+    padded = sum(len(rows) * max(lengths[row] for row in rows) for rows in batches)
+    return padded / sum(lengths[row] for rows in batches for row in rows)
+
+
+def fixed_batches(count, size):
+    """Row numbers of the batches in rewardbench_scores, for `count` pairs."""
+    return [range(2 * start + side, 2 * min(start + size, count), 2)
+            for start in range(0, count, size) for side in (0, 1)]
+
+
+def bench_scoring(args):
+    """Pairs scored per second by eval.py and by the rewardbench package, templates and tokenisation included."""
+    cfg = evaluation.EvalConfig(rm=[args.rm], bench=[args.pairs], limit=args.count, device="cpu",
+                                max_length=2048).checked()
+    rows = evaluation.read_benchmark(cfg, args.pairs)
+    rm = save.to_working_copy(save.RewardModel.from_pretrained(args.rm), cfg)
+    pipe, scores = rewardbench_pipeline(args.rewardbench, args.rm), {}
+
+    def ours(count=len(rows)):  # an empty cache each time: nothing is remembered from the repeat before
+        texts = [text for row in rows[:count] for text in evaluation.PAIRS.texts(row)]
+        scores["ours"], _ = evaluation.score_texts(cfg, rm, evaluation.Cache("", "x"), texts, "ours")
+        return count
+
+    def theirs(count=len(rows)):
+        scores["theirs"] = rewardbench_scores(pipe, rows[:count], args.rewardbench_batch)
+        return count
+
+    every = [evaluation.encode(rm.tokenizer, *text, 2048) for row in rows for text in evaluation.PAIRS.texts(row)]
+    different = list(map(list, dict.fromkeys(map(tuple, every))))
+    print_texts(pipe, rows, every, different, cfg.micro_tokens)
+    ours(2), theirs(2)  # a short warm-up, as a repeat takes minutes
+    rates = compare(ours, theirs, args.repeats, "rewardbench", warm_up=0)
+    worst = max(abs(a - b) for a, b in zip(scores["ours"], scores["theirs"], strict=True))
+    for kind, count in (("texts", len), ("real tokens", lambda rows: sum(map(len, rows)))):  # that went through the RM
+        pair = [(r[0] * count(different) / len(rows), r[2] * count(every) / len(rows)) for r in rates]
+        ratios = [a / b for a, b in pair]
+        print(f"  without the gain from duplicates, {kind} per CPU second: "
+              f"ours {statistics.median(a for a, _ in pair):.4g}  "
+              f"rewardbench {statistics.median(b for _, b in pair):.4g}  "
+              f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"largest difference of scores: {worst:.1e} to rewardbench ({len(every)} texts)")
+    cpu, first = time.process_time(), rows[:16]
+    plain = one_by_one(pipe, first)
+    cpu = time.process_time() - cpu
+    worst = max(abs(a - b) for a, b in zip(scores["ours"], plain))
+    print(f"largest difference of scores: {worst:.1e} to one text at a time ({len(plain)} texts, "
+          f"{sum(map(len, every[:len(plain)])) / cpu:.4g} real tokens per CPU second, once)")
+
+
+def print_texts(pipe, rows, every, different, budget):
+    """What is scored: duplicates, padding on both sides, and the settings that decide which token is read."""
+    lengths, short = list(map(len, every)), sorted(map(len, different), reverse=True)
+    ours = save.micro_batches(range(len(short)), [(range(n), 1) for n in short], budget)
+    tokenizer = pipe.tokenizer
+    stock = [tokenizer(rendered(tokenizer, row, side), truncation=True, max_length=2048)["input_ids"]
+             for row in rows for side in ("chosen", "rejected")]
+    print(f"{len(rows)} pairs, {len(every)} texts, {1 - len(different) / len(every):.1%} of them duplicates "
+          f"({len(different)} different), {sum(lengths)} tokens ({sum(short)}), the longest {max(lengths)}")
+    print(f"padded over real tokens: ours {padding(short, ours):.3f}  rewardbench, batches of 8 "
+          f"{padding(lengths, fixed_batches(len(rows), 8)):.3f}, of 64 "
+          f"{padding(lengths, fixed_batches(len(rows), 64)):.3f}")
+    print(f"rewardbench: fp32, max_length 2048, padding {tokenizer.padding_side}, truncation "
+          f"{tokenizer.truncation_side}, pad id {tokenizer.pad_token_id} (model {pipe.model.config.pad_token_id}), "
+          f"texts end with {sorted({ids[-1] for ids in stock})}, double BOS in "
+          f"{sum(ids[:2] == [tokenizer.bos_token_id] * 2 for ids in stock)}, other tokens than ours in "
+          f"{sum(a != b for a, b in zip(stock, every))} texts")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["rollout", "memory", "steps"])
+    parser.add_argument("what", choices=["rollout", "memory", "steps", "scoring"])
     parser.add_argument("--policy")
     parser.add_argument("--rm")
     parser.add_argument("--prompts")
+    parser.add_argument("--pairs", help="scoring: .jsonl of prompt, chosen, rejected")
+    parser.add_argument("--count", type=int, default=48, help="scoring: the first pairs of the file")
+    parser.add_argument("--rewardbench", help="scoring: folder of the unpacked rewardbench 0.1.4 wheel")
+    parser.add_argument("--rewardbench_batch", type=int, default=64, help="scoring: its scripts/run_rm.py has 64")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cases", nargs="+", choices=["short", "long"], default=["short", "long"])
     parser.add_argument("--layers", type=int, default=6)
@@ -163,4 +286,4 @@ if __name__ == "__main__":
     if args.what == "memory":
         memory_variant(args) if args.variant else bench_memory(args)
     else:
-        {"rollout": bench_rollout, "steps": bench_steps}[args.what](args)
+        {"rollout": bench_rollout, "steps": bench_steps, "scoring": bench_scoring}[args.what](args)
