@@ -29,6 +29,7 @@ laptop() {
     --max_new_tokens 8 --lr_rm 1e-5 --lr_value 1e-3 --lr_policy 5e-4 --value_prompts 512 --value_epochs 6 \
     --value_lr 2e-3 --save_every 0 --show_every 40 --seed "$seed" "$@"
   "$PYTHON" tests/toy.py --report "$data" "$run"
+  "$PYTHON" eval.py --rm "$data/rm" "$run/rm" --bench "$data"/heldout_*.jsonl --out "$run/eval"  # paired intervals
 }
 
 case "${1:-laptop}" in

@@ -1,4 +1,5 @@
 """Every command and every snippet of README.md runs, on untrained tiny models and for a step or two."""
+import json
 import os
 import pathlib
 import re
@@ -60,6 +61,34 @@ def test_commands_of_save(folder, monkeypatch):
         assert (out / "metrics.jsonl").is_file() and (out / "rm" / "config.json").is_file(), command
 
 
+def test_commands_of_eval(folder, monkeypatch, tmp_path):
+    """The same for eval.py: on two reward models that are there, on small benchmarks, with a judge of our own."""
+    import test_eval
+    import test_policies
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(test_policies.evaluation.Judge, "pause", 0.01)
+    shutil.copytree("rm", "runs/save/rm", dirs_exist_ok=True)
+    test_eval.write_benchmarks(folder / "data")
+    pathlib.Path("data/alpaca_eval.json").write_text('[{"instruction": "copy a", "dataset": "x"}]')
+    test_policies.write_arena(folder / "arena-hard-auto")
+    judge = test_policies.JudgeServer()
+    ran = 0
+    for command in COMMANDS:
+        words = shlex.split(command)
+        if "eval.py" not in words:
+            continue
+        flags = ["runs/save/rm" if word == "runs/paper/rm" else "path/to/model" if word.startswith("Skywork/") else word
+                 for word in words[words.index("eval.py") + 1:]]
+        out = pathlib.Path(flags[flags.index("--out") + 1])
+        shutil.rmtree(out, ignore_errors=True)
+        small = ["--max_new_tokens", "4", "--judge_url", judge.url] if "--policy" in flags else ["--draws", "20"]
+        data = ["--data", "data"] if "--data" not in flags and "all" in flags else []
+        test_eval.evaluation.main([*flags, *small, *data, "--device", "cpu"])
+        assert json.loads((out / "results.json").read_text()), command
+        ran += 1
+    assert ran == 5
+
+
 def test_the_saved_reward_model_snippet(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     if not pathlib.Path("runs/save/rm").is_dir():
@@ -99,6 +128,7 @@ def test_run_sh(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert re.search(r"RM accuracy, heldout_id +\d", done.stdout) and re.search(r"gold reward, greedy +\d", done.stdout)
     assert (tmp_path / "annealed-0-save" / "rm" / "value_head.safetensors").is_file()
+    assert "minus the first, paired" in done.stdout and (tmp_path / "annealed-0-save/eval/results.json").is_file()
     collected = run("test", "--collect-only", "-q", "tests/test_maths.py")
     assert collected.returncode == 0 and "test_maths" in collected.stdout
     wrong = run("tests")
