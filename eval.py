@@ -965,6 +965,9 @@ def main(argv=None):
         if RANK == 0:
             print(f"eval.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a disk that is full or gone
+        print(f"eval.py: error: {error}; what was done so far is kept", file=sys.stderr)
+        sys.exit(2)
     finally:
         save.stop_ranks()
 

@@ -40,6 +40,7 @@ import platform
 import re
 import resource
 import shutil
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -51,6 +52,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -126,7 +128,8 @@ class Config:
     # logs and checkpoints
     save_every: int = 40             # steps between checkpoints; 0: none
     keep: int = 2                    # checkpoints kept
-    resume: bool = False             # continue from the newest complete checkpoint under --out, if there is one
+    resume: bool = False             # continue from the newest intact checkpoint under --out, if there is one
+    resume_anyway: bool = False      # resume although flags differ from the checkpoint's
     eval_every: int = 0              # steps between accuracies on --heldout; 0: start and end only
     show_every: int = 20             # steps between printed samples; 0: never
     tensorboard: bool = False        # also write TensorBoard events (needs the tensorboard package)
@@ -193,12 +196,36 @@ def start_ranks(device):
     if device != "cpu":
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(hours=2))
+        # after a restart torchrun's store still holds the addresses of the dead ranks (pytorch issue 135712)
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=RANK, world_size=WORLD,
+                                timeout=timedelta(hours=2))
 
 def stop_ranks():
     """Leave the process group, on errors too."""
     if WORLD > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+ASKED_TO_STOP = []
+
+def watch_for_sigterm():
+    """Preemption: SIGTERM is noted, the run ends at its next checkpoint. Returns the handler it replaced."""
+    return signal.signal(signal.SIGTERM, lambda *_: ASKED_TO_STOP.append(True))
+
+def asked_to_stop():
+    """Whether any rank got SIGTERM: all of them stop at the same step."""
+    return total(len(ASKED_TO_STOP))[0] > 0
+
+def all_ranks_manage(work):
+    """work() on each rank -> whether it went well on all of them; a full disk on one rank must not hang the others."""
+    error = None
+    try:
+        work()
+    except (OSError, SafetensorError) as trouble:
+        error = trouble
+        print(f"rank {RANK}: {first_line(trouble)}", file=sys.stderr)
+    return total(error is not None)[0] == 0
 
 def barrier():
     """Wait for every rank."""
@@ -538,14 +565,18 @@ def remove_dropout(model):
 
 @torch.no_grad()
 def score(rm, sequences, budget):
-    """sequences [(ids, prompt_length)] -> rewards (N,) and prompt features (N,H) for V, without gradients."""
-    device, count = rm.value_head.weight.device, len(sequences)
+    """sequences [(ids, prompt_length)] -> rewards (N,) and prompt features (N,H) for V, without gradients.
+
+    Equal sequences are scored once: rounding, which differs between batches, must not rank equal responses.
+    """
+    device, count, first = rm.value_head.weight.device, len(sequences), {}
+    same = [first.setdefault((tuple(ids), length), row) for row, (ids, length) in enumerate(sequences)]
     rewards, features = torch.empty(count, device=device), torch.empty(count, rm.value_head.in_features, device=device)
-    batches = micro_batches(range(count), sequences, budget)
+    batches = micro_batches(first.values(), sequences, budget)
     for rows in tqdm(batches, desc="score", leave=False, delay=10, disable=RANK > 0):
         last, prompt = rm.features(*model_inputs([sequences[row] for row in rows], device))
         rewards[rows], features[rows] = rm.reward(last), prompt
-    return rewards, features
+    return rewards[same], features[same]
 
 # ---- 6. SAVE maths: pure functions of tensors -----------------------------------------------------------------------
 def at_least_fp32(x):
@@ -852,7 +883,7 @@ class ShardedAdamW:
         grads = [p.grad for _, p in self.named if p.grad is not None]
         norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).norm().item()
         if not math.isfinite(norm):
-            raise FloatingPointError(f"rank {RANK}: gradient norm is {norm}, nothing was updated")
+            raise FloatingPointError(f"the gradient norm is {norm}, nothing was updated")
         scale = min(1.0, self.cfg.max_grad_norm / (norm + 1e-6)) if self.cfg.max_grad_norm else 1.0  # as torch clips
         for name, p in self.named:
             if self.owner[name] == RANK and p.grad is not None:
@@ -915,6 +946,7 @@ class Run:
     policy: Policy = None
     log: "Log" = None
     optimizers: dict = dataclasses.field(default_factory=dict)  # of "rm", "value" and "policy" those that are trained
+    checkpoint: Path = None          # to resume from
 
     def lr_scale(self, step):
         """Learning-rate factor of step 1 .. T."""
@@ -961,11 +993,9 @@ def score_batch(run, batch):
     with run.log.time("score"):
         rewards, features = score(run.rm, batch.chats, run.cfg.micro_tokens)
         group = batch.lengths.shape[1]
-        if not rewards.isfinite().all():
-            bad = [batch.texts[i] for i in (~rewards.isfinite()).nonzero()[:, 0].tolist()]
-            write_json(Path(run.cfg.out, f"nonfinite_rank_{RANK}.json"), {"step": batch.step, "responses": bad})
-            raise FloatingPointError(f"step {batch.step} rank {RANK}: {len(bad)} rewards are not finite")
         batch.rewards = gather(rewards.view(-1, group))
+        if not batch.rewards.isfinite().all():  # on every rank at once
+            raise FloatingPointError(f"{int((~batch.rewards.isfinite()).sum())} rewards are not finite")
         batch.features = gather(features.view(-1, group, features.shape[1])[:, 0])  # one V a prompt: its first row's
 
 @torch.no_grad()
@@ -1004,6 +1034,24 @@ def reward_model_step(run, batch, positive, negative):
         accumulate(run.rm, micro_batches(rows, batch.chats, run.cfg.micro_tokens), micro_loss)
         run.log.put(rm_grad_norm=run.optimizers["rm"].step(run.lr_scale(batch.step)))
     return True
+
+@contextlib.contextmanager
+def stops_at_bad_values(run, step, rows):
+    """A reward, loss or gradient that is not finite ends the run before an optimizer sees it; rows() go to a file."""
+    try:
+        yield
+    except FloatingPointError as error:
+        file = Path(run.cfg.out, f"nonfinite_rank_{RANK}.json")
+        write_json(file, {"step": step, "rank": RANK, "error": str(error), "rows": rows()})
+        raise FloatingPointError(f"step {step} rank {RANK}: {error}; this rank's rows are in {file}") from None
+
+def rows_of(batch):
+    """This rank's responses with what is known of them: of samples.jsonl, and of the file for bad values."""
+    group = batch.lengths.shape[1]
+    rewards = [None] * len(batch.texts) if batch.rewards is None else mine(batch.rewards).flatten().tolist()
+    truncated = (~mine(batch.ended)).flatten().tolist()
+    return [{"step": batch.step, "prompt": batch.prompts[i // group][0], "response": text, "reward": rewards[i],
+             "truncated": truncated[i]} for i, text in enumerate(batch.texts)]
 
 @contextlib.contextmanager
 def frozen(module):
@@ -1099,65 +1147,98 @@ def replaced_folder(path):
     os.replace(temporary, path)
     shutil.rmtree(old, ignore_errors=True)
 
-RESUME_MAY_CHANGE = {"out", "resume", "save_every", "keep", "eval_every", "show_every", "heldout", "tensorboard",
-                     "wandb", "device", "offload", "checkpointing", "micro_tokens", "max_rows"}
+RESUME_MAY_CHANGE = {"out", "resume", "resume_anyway", "save_every", "keep", "eval_every", "show_every", "heldout",
+                     "tensorboard", "wandb", "device", "offload", "checkpointing", "micro_tokens", "max_rows"}
 
 def checkpoints(out):
     """Complete checkpoints under --out, oldest first."""
-    return sorted(path for path in Path(out, "checkpoints").glob("step_*") if (path / "state.json").is_file())
+    return sorted(path for path in Path(out, "checkpoints").glob("step_*") if (path / "SHA256SUMS").is_file())
 
-def resumable(cfg):
-    """The checkpoints to resume from, if that was asked for."""
-    return checkpoints(cfg.out) if cfg.resume else []
+def sha256_line(path):
+    """One line of SHA256SUMS, as `sha256sum -c` reads it."""
+    with open(path, "rb") as file:
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
 
 def save_checkpoint(run, step):
-    """checkpoints/step_000123: one safetensors file per rank, then state.json, then the rename that makes it count."""
+    """checkpoints/step_000123: a safetensors file per rank, state.json, SHA256SUMS, then the rename that counts.
+
+    A full disk costs this checkpoint; the run and the older checkpoints stay.
+    """
     root = Path(run.cfg.out, "checkpoints")
     folder, temporary = root / f"step_{step:06d}", root / f".step_{step:06d}.new"
-    if RANK == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier()
-    state = {f"{name}.{key}": x for name, optimizer in run.optimizers.items()
-             for key, x in optimizer.state_dict().items()}
-    file = temporary / f"rank_{RANK:05d}.safetensors"
-    safetensors.torch.save_file(state, file)
-    with open(file, "rb") as handle:
-        os.fsync(handle.fileno())
-    barrier()
-    if RANK == 0:
-        write_json(temporary / "state.json", {"step": step, "deflation": run.log.deflation,
-                                              "config": dataclasses.asdict(run.cfg), **versions()})
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-        for old in checkpoints(run.cfg.out)[:-run.cfg.keep]:
-            shutil.rmtree(old)
-    barrier()
 
-def check_resume(cfg):
-    """The newest checkpoint must belong to this configuration."""
-    for path in resumable(cfg)[-1:]:
+    def prepare():
+        if RANK == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+    def write_share():
+        state = {f"{name}.{key}": x for name, optimizer in run.optimizers.items()
+                 for key, x in optimizer.state_dict().items()}
+        file = temporary / f"rank_{RANK:05d}.safetensors"
+        safetensors.torch.save_file(state, file)
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+        (temporary / f"{file.name}.sha256").write_text(sha256_line(file))
+
+    def complete():
+        if RANK == 0:
+            write_json(temporary / "state.json", {"step": step, "deflation": run.log.deflation,
+                                                  "config": dataclasses.asdict(run.cfg), **versions()})
+            sums = [file.read_text() for file in sorted(temporary.glob("*.sha256"))]
+            (temporary / "SHA256SUMS").write_text("".join([*sums, sha256_line(temporary / "state.json")]))
+            for file in temporary.glob("*.sha256"):
+                file.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+            for old in checkpoints(run.cfg.out)[:-run.cfg.keep]:
+                shutil.rmtree(old)
+
+    if not all(all_ranks_manage(part) for part in (prepare, write_share, complete)) and RANK == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = [str(path) for path in checkpoints(run.cfg.out)[-1:]]
+        say(f"  the checkpoint of step {step} could not be written; the newest is {kept[0] if kept else 'none'}")
+
+def damaged(path):
+    """Names of the files of a checkpoint that are not as they were written; the ranks share the reading."""
+    lines = (path / "SHA256SUMS").read_text(encoding="latin1").splitlines(keepends=True)
+    if not lines or not lines[-1].endswith("  state.json\n"):
+        return ["SHA256SUMS"]
+    files = [path / line.rstrip("\n").split("  ")[-1] for line in lines]
+    wrong = [i for i in range(RANK, len(files), WORLD) if not files[i].is_file() or sha256_line(files[i]) != lines[i]]
+    counts = total(*(i in wrong for i in range(len(files))))
+    return [file.name for file, count in zip(files, counts) if count]
+
+def checkpoint_to_resume(cfg):
+    """The newest intact checkpoint if --resume asks for one and there is one; it must be of this configuration."""
+    found = checkpoints(cfg.out) if cfg.resume else []
+    for path in reversed(found):
+        wrong = damaged(path)
+        if wrong:
+            say(f"--resume: {path} is damaged ({', '.join(wrong)}), the one before it is tried")
+            continue
         saved, now = json.loads((path / "state.json").read_text())["config"], dataclasses.asdict(cfg)
         changed = [f"--{name} was {saved.get(name)!r}, is {now[name]!r}" for name in now
                    if name not in RESUME_MAY_CHANGE and saved.get(name) != now[name]]
-        if changed:
-            fail(f"--resume: {path} belongs to another configuration: {'; '.join(changed)}")
+        if changed and not cfg.resume_anyway:
+            fail(f"--resume: {path} is of another configuration: {'; '.join(changed)} (--resume_anyway takes it)")
+        return path
+    return fail(f"--resume: all {len(found)} checkpoints under {cfg.out} are damaged") if found else None
 
 def load_checkpoint(run):
-    """Continue from the newest complete checkpoint of the same configuration. Returns its step, 0 if there is none."""
-    found = resumable(run.cfg)
-    if not found:
+    """Take over the state of the checkpoint to resume from. Returns its step, 0 if there is none."""
+    if not run.checkpoint:
         return 0
-    for file in sorted(found[-1].glob("rank_*.safetensors")):  # of however many ranks there were
+    for file in sorted(run.checkpoint.glob("rank_*.safetensors")):  # of however many ranks there were
         with safetensors.safe_open(file, "pt") as shard:
             for key in shard.keys():
                 optimizer, kind, name = key.split(".", 2)
                 run.optimizers[optimizer].load(kind, name, lambda: shard.get_tensor(key))
     for optimizer in run.optimizers.values():
         optimizer.publish(optimizer.masters)
-    state = json.loads((found[-1] / "state.json").read_text())
+    state = json.loads((run.checkpoint / "state.json").read_text())
     run.log.deflation = state["deflation"]
-    say(f"resumed from {found[-1]}")
+    say(f"resumed from {run.checkpoint}")
     return state["step"]
 
 def write_json(path, value):
@@ -1217,6 +1298,20 @@ class Log:
         with open(Path(self.cfg.out, name), "a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
+    def forget_after(self, step):
+        """Drop what a broken run had logged after the checkpoint: those steps come again."""
+        for path in (Path(self.cfg.out, name) for name in ("metrics.jsonl", "samples.jsonl")):
+            if RANK > 0 or not path.is_file():
+                continue
+            temporary = path.with_suffix(".new")
+            with open(path, encoding="utf-8") as old, open(temporary, "w", encoding="utf-8") as new:
+                for line in old:
+                    try:
+                        new.write(line if json.loads(line).get("step", -1) <= step else "")  # configurations stay
+                    except ValueError:
+                        pass  # cut short by a kill
+            os.replace(temporary, path)
+
     def put(self, **values):
         """Add numbers to the record of the current step."""
         self.record.update({name: x.item() if torch.is_tensor(x) else x for name, x in values.items()})
@@ -1265,11 +1360,10 @@ def record_samples(run, batch, positive, negative):
     """Append rank 0's responses of this step to samples.jsonl; now and then print the best and the worst."""
     if RANK > 0:
         return
-    rewards, values, ended = (mine(x).tolist() for x in (batch.rewards, anchor(run, batch), batch.ended))
-    sides, group = mine(positive.int() - negative.int()).tolist(), batch.lengths.shape[1]
-    rows = [{"step": batch.step, "prompt": batch.prompts[p][0], "response": batch.texts[p * group + g],
-             "reward": rewards[p][g], "value": values[p], "side": {1: "+", 0: "", -1: "-"}[sides[p][g]],
-             "kept": sides[p][g] != 0, "truncated": not ended[p][g]} for p in range(len(sides)) for g in range(group)]
+    group, values = batch.lengths.shape[1], mine(anchor(run, batch)).tolist()
+    sides = mine(positive.int() - negative.int()).flatten().tolist()
+    rows = [{**row, "value": values[i // group], "side": {1: "+", 0: "", -1: "-"}[sides[i]], "kept": sides[i] != 0}
+            for i, row in enumerate(rows_of(batch))]
     run.log.append("samples.jsonl", *rows)
     if run.cfg.show_every and (batch.step - 1) % run.cfg.show_every == 0:
         for best in (max, min):
@@ -1319,8 +1413,12 @@ def each_step(run, heldout, stage):
         if step == steps or (run.cfg.eval_every and step % run.cfg.eval_every == 0):
             heldout_accuracy(run, heldout)
         run.log.write(step, stage)
-        if run.cfg.save_every and step % run.cfg.save_every == 0:
+        stopping = asked_to_stop()
+        if stopping or (run.cfg.save_every and step % run.cfg.save_every == 0):
             save_checkpoint(run, step)
+        if stopping:
+            say(f"stopped by SIGTERM after step {step}: --resume goes on from there")
+            sys.exit(0)
 
 def preference_stage(run, pairs, heldout):
     """Stage 1, Eq. 11: Bradley-Terry on chosen and rejected."""
@@ -1336,7 +1434,8 @@ def preference_stage(run, pairs, heldout):
         batch = mine(draw(pairs, cfg.seed, "pairs", (step - 1) * cfg.batch, cfg.batch))
         sums = torch.zeros(2)
         longer = [max(pair, key=lambda side: len(side[0])) for pair in batch]
-        with run.log.time("rm_update"), frozen(run.rm.value_head):
+        with run.log.time("rm_update"), frozen(run.rm.value_head), stops_at_bad_values(
+                run, step, lambda: [[run.rm.tokenizer.decode(ids) for ids, _ in pair] for pair in batch]):
             accumulate(run.rm, micro_batches(range(len(batch)), longer, cfg.micro_tokens // 2), micro_loss)
             run.log.put(rm_grad_norm=run.optimizers["rm"].step(run.lr_scale(step)))
         loss, accuracy = total(*sums)
@@ -1354,7 +1453,11 @@ def value_stage(run, prompts):
     chosen = draw(prompts, cfg.seed, "value prompts", 0, count)
     for start in tqdm(range(0, count, cfg.batch), desc="value: sample and score", disable=RANK > 0):
         batch = sample(run, chosen[start:start + cfg.batch], cfg.value_k, start, "value")
-        score_batch(run, batch)
+        with stops_at_bad_values(run, 0, lambda: rows_of(batch)):
+            score_batch(run, batch)
+        if asked_to_stop():
+            say("stopped by SIGTERM in the value stage, which starts over")
+            sys.exit(0)
         usable = torch.ones_like(batch.usable) if cfg.v_full_group else batch.usable
         batches.append((batch.rewards, batch.features, usable))
     data = [torch.cat(tensors) for tensors in zip(*batches)]
@@ -1373,9 +1476,14 @@ def value_stage(run, prompts):
         f"the variance of their mean rewards is {variance:.4g}")
 
 def save_step(run, step, prompts):
-    """Algorithm 2, lines 2 to 17. `prompts`: this step's, for all ranks."""
+    """Algorithm 2, line 2, then the rest on these responses. `prompts`: this step's, for all ranks."""
+    batch = sample(run, prompts, run.cfg.group, step)
+    with stops_at_bad_values(run, step, lambda: rows_of(batch)):
+        learn(run, batch)
+
+def learn(run, batch):
+    """Algorithm 2, lines 3 to 17."""
     cfg, log = run.cfg, run.log
-    batch = sample(run, prompts, cfg.group, step)
     score_batch(run, batch)
     positive, negative, valid = filtered(run, batch, batch.usable)  # step 1
     record_scores(run, batch, positive, negative, valid)
@@ -1389,7 +1497,7 @@ def save_step(run, step, prompts):
             log.put(reward_shift=(batch.rewards - before).abs().mean(), deflation=log.deflation)
         if cfg.rm_update == "save":
             usable = None if cfg.v_full_group else batch.usable
-            log.put(value_loss=value_step(run, batch.rewards, batch.features, usable, run.lr_scale(step)))
+            log.put(value_loss=value_step(run, batch.rewards, batch.features, usable, run.lr_scale(batch.step)))
 
     positive, negative, valid = filtered(run, batch, batch.usable if cfg.mask_truncated else None)  # step 3
     policy_step(run, batch, positive | negative, valid)
@@ -1406,6 +1514,7 @@ def main(argv=None):
     """Parse, check, load, run. Bad input: one line on stderr and exit code 2, before anything is written."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    before, ASKED_TO_STOP[:] = watch_for_sigterm(), []
     try:
         cfg = parse_config(argv).checked()
         start_ranks(cfg.device)
@@ -1414,7 +1523,17 @@ def main(argv=None):
         if RANK == 0:
             print(f"save.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (FloatingPointError, SafetensorError, OSError) as error:  # bad values; a disk that is full or gone
+        print(f"save.py: error: {error}; checkpoints are as they were", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as error:
+        if WORLD == 1 or not re.search("gloo|nccl|Connection (closed|reset)", str(error), re.I):
+            raise
+        print(f"save.py: error: rank {RANK} lost another rank, start again with --resume ({first_line(error)})",
+              file=sys.stderr)
+        os._exit(1)  # the process group is broken: leaving it in order would wait for the lost rank
     finally:
+        signal.signal(signal.SIGTERM, before)
         stop_ranks()
 
 def train(cfg):
@@ -1435,8 +1554,9 @@ def train(cfg):
         read_prompts(cfg, load_tokenizer(cfg.policy, "policy"))
     if preference and cfg.steps is None:
         cfg = dataclasses.replace(cfg, steps=max(1, len(data) * cfg.epochs // cfg.batch))
-    check_resume(cfg)
-    run = Run(cfg, one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm, preference, cfg.seed)))
+    found = checkpoint_to_resume(cfg)
+    rm = one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm, preference, cfg.seed))
+    run = Run(cfg, rm, checkpoint=found)
     if cfg.stage == "save" and cfg.rm_update == "save" and not run.rm.has_value_head:
         fail(f"--rm {cfg.rm}: it holds no value_head.safetensors; run --stage value first, or leave --stage out")
     # masters before working copies: they are taken in the checkpoint's precision, before it is rounded to --dtype
@@ -1451,9 +1571,11 @@ def train(cfg):
         to_working_copy(run.policy, cfg).check_logits(cfg.policy)
 
     run.log = Log(cfg)
+    if cfg.resume:
+        run.log.forget_after(int(found.name.removeprefix("step_")) if found else -1)
     if preference:
         return preference_stage(run, data, heldout)
-    if cfg.stage == "value" or (cfg.rm_update == "save" and not run.rm.has_value_head and not resumable(cfg)):
+    if cfg.stage == "value" or (cfg.rm_update == "save" and not run.rm.has_value_head and not found):
         value_stage(run, data)
     if cfg.stage == "value":  # nothing but the head was trained: the rest as it was before it was rounded to --dtype
         if cfg.dtype != "float32":

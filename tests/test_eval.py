@@ -2,6 +2,7 @@
 import gzip
 import json
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -320,8 +321,9 @@ def test_two_ranks_give_the_same_as_one(everything, rms, data, tmp_path):
     for name, result in results(tmp_path)[str(rms[0])].items():
         assert result["average"] == pytest.approx(results(everything)[str(rms[0])][name]["average"])
 
-def rows_of_cache(file):
-    return [json.loads(line) for line in file.read_text().splitlines() if line]
+def rows_of_cache(file, torn=False):
+    lines = [line for line in file.read_text().splitlines() if line]
+    return [json.loads(line) for line in (lines[:-1] if torn else lines)]
 
 def flat(value):
     return [x for item in value for x in flat(item)] if isinstance(value, list) else [value]
@@ -401,3 +403,17 @@ def test_the_second_model_fails_and_the_first_is_kept(world, data, tmp_path, cap
     line = refusal(capsys, "--rm", world / "rm", tmp_path / "broken", "--bench", "judgebench", "--data", data,
                    "--out", out)
     assert "not finite" in line and results(out)[str(world / "rm")]["judgebench"]["rows"] == 8
+
+def test_a_full_disk_is_one_line_and_keeps_what_is_done(world, tmp_path, capsys):
+    """A limit on the size of files, which the cache reaches half-way; without it the run goes on from there."""
+    flags = ("--rm", world / "rm", "--bench", world / "heldout_id.jsonl", "--out", tmp_path, "--micro_tokens", 64)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limit[1]))
+        line = refusal(capsys, *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "File too large" in line and "kept" in line
+    assert sum(map(len, rows_of_cache(next((tmp_path / "cache").iterdir()), torn=True))) > 10
+    run(*flags)
+    assert results(tmp_path)[str(world / "rm")][str(world / "heldout_id.jsonl")]["rows"] == 32

@@ -6,6 +6,9 @@ import importlib.util
 import json
 import math
 import re
+import shutil
+import ssl
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -256,6 +259,21 @@ def test_an_unreachable_judge_is_noticed_before_the_answers(world, arena, capsys
     server.server_close()
     line = refusal(capsys, flags(world, arena, server))
     assert "no usable reply in 5 tries (ConnectionRefusedError)" in line and not (arena / "out").exists()
+
+def test_a_certificate_that_nobody_signed_is_refused(world, arena, tmp_path, capsys):
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl to make a certificate")
+    files = [str(tmp_path / name) for name in ("key.pem", "cert.pem")]
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "1",
+                    "-addext", "subjectAltName=DNS:localhost", "-keyout", files[0], "-out", files[1]],
+                   check=True, capture_output=True)
+    server = JudgeServer()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files[1], files[0])
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.url = f"https://localhost:{server.server_port}/v1"
+    line = refusal(capsys, flags(world, arena, server, judge_retries=0))
+    assert "SSLCertVerificationError" in line and not server.bodies
 
 def test_the_key_is_written_nowhere(world, arena, capfd):
     evaluation.main(flags(world, arena, JudgeServer((500, 429))))

@@ -216,7 +216,7 @@ def test_a_broken_run_resumes_to_the_same_bits(world, alone, tmp_path, monkeypat
 
 def test_a_checkpoint_of_two_ranks_resumes_on_one(world, alone, together, tmp_path, capsys):
     out = shutil.copytree(together / "gspo", tmp_path / "gspo")
-    (out / "checkpoints" / "step_000006" / "state.json").unlink()  # as if killed while it wrote this one
+    (out / "checkpoints" / "step_000006" / "SHA256SUMS").unlink()  # as if killed while it wrote this one
     assert len(list(out.glob("checkpoints/step_000004/rank_*.safetensors"))) == 2
     save.main([*case(world, tmp_path, "gspo"), "--keep", "1"])
     assert "step_000004" in capsys.readouterr().out
