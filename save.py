@@ -74,8 +74,8 @@ class Config:
     """Every knob, as a flag of the same name. "Table 8" marks the paper's value."""
     # what to run, on what
     stage: str = ""                  # preference | value | save; empty: value (if the RM has no value head), then save
-    algo: str = "grpo"               # grpo | rloo | gspo
-    rm_update: str = "save"          # save | hl_bt | mean_reward | none (frozen reward model: plain RL, no filter)
+    algo: str = "grpo"               # grpo | rloo | gspo | reinforce++
+    rm_update: str = "save"          # save | balanced | hl_bt | mean_reward | offline | none: see RM_LOSSES
     policy: str = "Qwen/Qwen3-4B-Instruct-2507"                           # folder or hub name, causal LM
     rm: str = "Skywork/Skywork-Reward-V2-Llama-3.2-3B"                    # the same, sequence classifier, 1 label
     prompts: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"    # .json, .jsonl(.gz) or hub name[:split]
@@ -87,6 +87,9 @@ class Config:
     batch: int = 32                  # prompts (or pairs) per step over all ranks (Table 8)
     group: int = 16                  # G responses per prompt (Table 8)
     m0: float = 0.5                  # initial margin of the curriculum, Eq. 14 (Table 8)
+    no_curriculum: bool = False      # the paper's ablation: keep every response, split by sign only
+    freeze_policy: bool = False      # the paper's ablation: fresh responses, but no policy update
+    label_rms: list = dataclasses.field(default_factory=list)  # frozen RMs that filter and split, together with --rm
     kl_coef: float = 0.04            # beta, KL to the initial policy (Table 8)
     lr_rm: float = None              # backbone and reward head; none: 1e-7 (Table 8), 1e-5 in stage preference
     lr_value: float = 1e-5           # value head during SAVE (Table 8)
@@ -181,7 +184,7 @@ def parse_config(argv=None, kind=Config):
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            choices = re.match(r"\w+( \| \w+)+", comments[field.name])
+            choices = re.match(r"[\w+]+( \| [\w+]+)+", comments[field.name])
             options.update(type=str if field.type is list else field.type, nargs="+" if field.type is list else None,
                            choices=choices and choices[0].split(" | "), metavar=field.type.__name__)
         parser.add_argument("--" + field.name, **options)
@@ -646,14 +649,28 @@ def highest_lowest_loss(rewards, usable=None):
     margin = highest - lowest
     return masked_mean(-F.logsigmoid(margin), usable.any(1) & (margin > 0))
 
-# --rm_update: the loss on the rewards of a batch; all but hl_bt and none also filter what the policy trains on
+def balanced_loss(rewards, values, positive, negative, tau=1.0):
+    """Not in the paper: mean_{Y+} softplus(-(R-V)/tau) + mean_{Y-} softplus((R-V)/tau), mean over valid prompts.
+
+    The same partition and anchor as Eq. 18-20. There a positive with more than 1/|Y+| of the softmax is pushed down and
+    the net push is down, so rewards shrink together; here every response is pushed away from V, those near V most:
+    dL/dR = -sigmoid(-(R-V)/tau) / (tau |Y+|) on Y+ and sigmoid((R-V)/tau) / (tau |Y-|) on Y-.
+    """
+    margin = (at_least_fp32(rewards) - at_least_fp32(values.detach())[:, None]) / tau
+    loss = masked_mean(F.softplus(-margin), positive, 1) + masked_mean(F.softplus(margin), negative, 1)
+    return masked_mean(loss, positive.any(1) & negative.any(1))
+
+# --rm_update: the loss on the rewards of a batch. Those with an anchor also filter what the policy trains on.
 RM_LOSSES = {
     "save": lambda rewards, values, positive, negative, usable: contrastive_loss(rewards, values, positive, negative),
+    "balanced": lambda rewards, values, positive, negative, usable: balanced_loss(rewards, values, positive, negative),
     "mean_reward": lambda rewards, values, positive, negative, usable:  # the same, `anchor` gives the group mean as V
         contrastive_loss(rewards, values, positive, negative),
     "hl_bt": lambda rewards, values, positive, negative, usable: highest_lowest_loss(rewards, usable),
-    "none": None,
+    "offline": None,  # Bradley-Terry on --pairs, as in stage preference
+    "none": None,     # frozen reward model: plain RL
 }
+HAS_VALUE_HEAD, HAS_NO_ANCHOR = ("save", "balanced"), ("hl_bt", "offline", "none")
 
 # ---- 7. policy maths, and the policy --------------------------------------------------------------------------------
 def grpo_advantages(rewards, keep):
@@ -675,6 +692,21 @@ def rloo_advantages(rewards, keep):
     others = torch.where(keep, rewards, 0).sum(1, keepdim=True) - rewards
     return torch.where(keep & (count > 1), rewards - others / (count - 1).clamp(min=1), 0).to(dtype)
 
+def reinforce_advantages(rewards, kl, mask, total=None):
+    """REINFORCE++: r - sum_{s>=t} kl_s, then whitened over all tokens. rewards (N,), kl and mask (N,T) -> (N,T).
+
+    The KL reward-to-go has no discount; mean and population variance are weighted by tokens. `total` sums numbers over
+    ranks, so that they whiten together. 0 where masked. There is no group baseline.
+    """
+    to_go = torch.where(mask, kl, 0).flip(1).cumsum(1).flip(1)
+    returns = torch.where(mask, rewards[:, None] - to_go, 0).double()
+    sums = [mask.sum().item(), returns.sum().item(), returns.square().sum().item()]
+    count, first, second = total(*sums) if total else sums
+    mean = first / max(count, 1)
+    variance = max(second / max(count, 1) - mean ** 2, 0.0)
+    return torch.where(mask, (returns - mean) / max(variance, 1e-8) ** 0.5, 0).to(rewards.dtype)
+
+# by group; reinforce++ has no groups, its advantages are per token and made in `policy_step`
 ADVANTAGES = {"grpo": grpo_advantages, "rloo": rloo_advantages, "gspo": grpo_advantages}
 
 def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, algo, clip_low, clip_high, kl_coef):
@@ -947,6 +979,8 @@ class Run:
     log: "Log" = None
     optimizers: dict = dataclasses.field(default_factory=dict)  # of "rm", "value" and "policy" those that are trained
     checkpoint: Path = None          # to resume from
+    labels: list = dataclasses.field(default_factory=list)      # frozen reward models of --label_rms
+    pairs: list = None               # static pairs of --rm_update offline
 
     def lr_scale(self, step):
         """Learning-rate factor of step 1 .. T."""
@@ -965,6 +999,7 @@ class Batch:
     usable: torch.Tensor             # (P,G) bool: ended, and short enough for the reward model's update
     rewards: torch.Tensor = None     # (P,G)
     features: torch.Tensor = None    # (P,H) at the end of the prompt, for V
+    label_advantages: torch.Tensor = None  # (P,G) mean of the --label_rms, none without them
 
 def sample(run, prompts, group, step, purpose="rollout"):
     """Draw `group` responses for each of this rank's share of `prompts` and put them into the reward model's words."""
@@ -999,17 +1034,54 @@ def score_batch(run, batch):
         batch.features = gather(features.view(-1, group, features.shape[1])[:, 0])  # one V a prompt: its first row's
 
 @torch.no_grad()
+def label_batch(run, batch):
+    """The mean advantage R - V of the frozen --label_rms: they are never trained, so once per batch."""
+    group, sums = batch.lengths.shape[1], 0
+    for rm in run.labels:
+        rewards, features = score(rm, batch.chats, run.cfg.micro_tokens)
+        values = rm.value(features.view(-1, group, features.shape[1])[:, 0])
+        sums = sums + rm_advantages(gather(rewards.view(-1, group)), gather(values))
+    batch.label_advantages = sums / len(run.labels) if run.labels else None
+
+@torch.no_grad()
 def anchor(run, batch):
     """V (P,): the value head's for SAVE; for the others, the Mean Reward baseline among them, the group mean."""
-    return run.rm.value(batch.features) if run.cfg.rm_update == "save" else masked_mean(batch.rewards, batch.usable, 1)
+    return run.rm.value(batch.features) if run.cfg.rm_update in HAS_VALUE_HEAD \
+        else masked_mean(batch.rewards, batch.usable, 1)
 
 def filtered(run, batch, usable=None):
     """Step 1, Eq. 13-17: positive, negative (P,G), valid (P,). Updates without an anchor keep every response."""
-    if run.cfg.rm_update in ("hl_bt", "none"):
+    if run.cfg.rm_update in HAS_NO_ANCHOR:
         everything = torch.ones_like(batch.ended) if usable is None else usable
         return everything, torch.zeros_like(everything), everything.any(1)
-    threshold = curriculum_threshold(batch.step, run.cfg.steps, run.cfg.m0)
-    return partition(rm_advantages(batch.rewards, anchor(run, batch)), threshold, usable)
+    advantages = batch.label_advantages
+    if advantages is None:
+        advantages = rm_advantages(batch.rewards, anchor(run, batch))
+    return partition(advantages, threshold(run.cfg, batch.step), usable)
+
+def threshold(cfg, step):
+    """mu(t), or 1/2, which every |a| reaches."""
+    return 0.5 if cfg.no_curriculum else curriculum_threshold(step, cfg.steps, cfg.m0)
+
+def bradley_terry_step(run, pairs, step):
+    """One step of Eq. 11 on this step's pairs (all ranks'), for stage preference and --rm_update offline."""
+    cfg = run.cfg
+    batch = mine(draw(pairs, cfg.seed, "pairs", (step - 1) * cfg.batch, cfg.batch))
+    longer, sums = [max(pair, key=lambda side: len(side[0])) for pair in batch], torch.zeros(2)
+
+    def micro_loss(model, index):
+        rewards = model(*model_inputs([side for i in index for side in batch[i]], cfg.device))[0]
+        loss = bradley_terry_loss(rewards[0::2], rewards[1::2]) * len(index) / cfg.batch
+        sums.add_(torch.tensor([loss.item(), (rewards[0::2] > rewards[1::2]).sum().item() / cfg.batch]))
+        return loss
+
+    with run.log.time("rm_update"), frozen(run.rm.value_head), stops_at_bad_values(
+            run, step, lambda: [[run.rm.tokenizer.decode(ids) for ids, _ in pair] for pair in batch]):
+        accumulate(run.rm, micro_batches(range(len(batch)), longer, cfg.micro_tokens // 2), micro_loss)
+        run.log.put(rm_grad_norm=run.optimizers["rm"].step(run.lr_scale(step)))
+    loss, accuracy = total(*sums)
+    run.log.put(rm_loss=loss, rm_accuracy=accuracy)
+    return True
 
 def reward_model_step(run, batch, positive, negative):
     """Step 2, Eq. 18-20: one step on backbone and reward head. True if there was anything to learn from.
@@ -1019,6 +1091,8 @@ def reward_model_step(run, batch, positive, negative):
     whose dL/dR is 0 (filtered, one-sided prompts) cost nothing.
     """
     rewards = batch.rewards.clone().requires_grad_()
+    if run.cfg.rm_update == "offline":
+        return bradley_terry_step(run, run.pairs, batch.step)
     loss = RM_LOSSES[run.cfg.rm_update](rewards, anchor(run, batch), positive, negative, batch.usable)
     weights = torch.autograd.grad(loss, rewards)[0]
     run.log.put(rm_loss=loss)
@@ -1093,7 +1167,7 @@ def policy_step(run, batch, keep, valid):
     needed = mine(baseline).flatten().nonzero()[:, 0].tolist()
     old = reference = None
     with run.log.time("log_probs"):
-        if cfg.num_minibatches > 1 or cfg.algo == "rloo":
+        if cfg.num_minibatches > 1 or cfg.algo in ("rloo", "reinforce++"):
             old = response_log_probs(run, batch, needed)
         if cfg.kl_coef:
             with run.optimizers["policy"].swapped():
@@ -1101,8 +1175,13 @@ def policy_step(run, batch, keep, valid):
     rewards = batch.rewards
     if cfg.algo == "rloo" and cfg.kl_coef:  # k1 of the whole sequence, in the reward
         rewards = rewards - cfg.kl_coef * gather((old - reference).sum(1).view(-1, group))
-    advantages = ADVANTAGES[cfg.algo](rewards, baseline)
-    own_advantages = mine(advantages).flatten()
+    if cfg.algo == "reinforce++":
+        tokens = torch.arange(old.shape[1], device=old.device) < mine(batch.lengths).flatten()[:, None]
+        kl = cfg.kl_coef * (old - reference) if cfg.kl_coef else torch.zeros_like(old)
+        tokens = tokens & mine(trained).flatten()[:, None]
+        own_advantages = reinforce_advantages(mine(rewards).flatten(), kl, tokens, total)
+    else:
+        own_advantages = mine(ADVANTAGES[cfg.algo](rewards, baseline)).flatten()
     sums, updates = torch.zeros(3), 0
 
     def micro_loss(model, rows):
@@ -1111,7 +1190,8 @@ def policy_step(run, batch, keep, valid):
         # a single update: the ratio is exactly 1, where a second bf16 pass would put noise into it
         before = log_probs if cfg.num_minibatches == 1 else old[rows, :width]
         loss, stats = policy_loss(
-            log_probs, before, log_probs if reference is None else reference[rows, :width], own_advantages[rows], mask,
+            log_probs, before, log_probs if reference is None else reference[rows, :width],
+            own_advantages[rows] if own_advantages.dim() == 1 else own_advantages[rows, :width], mask,
             algo=cfg.algo, clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef)
         weight = len(rows) / count if part_rows else 0  # 0 for a rank that only takes part
         sums.add_(torch.tensor([loss.item(), stats["kl"].item(), stats["clipped"].item()]) * weight)
@@ -1351,10 +1431,10 @@ def record_scores(run, batch, positive, negative, valid):
                 positive=positive.float().mean(), valid=valid.float().mean(), truncated=1 - batch.ended.float().mean(),
                 usable=batch.usable.float().mean(), response_tokens=batch.lengths.float().mean(),
                 tokens_per_second=batch.lengths.sum().item() / run.log.record["rollout_seconds"])
-    if run.cfg.rm_update == "save":
+    if run.cfg.rm_update in HAS_VALUE_HEAD:
         bias = anchor(run, batch) - masked_mean(rewards, batch.usable, 1)
         run.log.put(value_bias=bias.mean(), value_rmse=bias.square().mean().sqrt(),
-                    threshold=curriculum_threshold(batch.step, run.cfg.steps, run.cfg.m0))
+                    threshold=threshold(run.cfg, batch.step))
 
 def record_samples(run, batch, positive, negative):
     """Append rank 0's responses of this step to samples.jsonl; now and then print the best and the worst."""
@@ -1376,7 +1456,7 @@ def health(run):
     checks = {
         "nothing is kept, every |R - V| is below the threshold: lower --m0": now["kept"] == 0,
         "no prompt has both signs, the reward model learns nothing: raise --group, or --value_epochs to fit V better":
-            now["kept"] > 0 == now["valid"] and run.cfg.rm_update in ("save", "mean_reward"),
+            now["kept"] > 0 == now["valid"] and run.cfg.rm_update not in HAS_NO_ANCHOR,
         "V is off by more than the reward spread: raise --value_lr or --value_epochs, or --lr_value":
             abs(now.get("value_bias", 0)) > now["reward_spread"] > 0,
         "more than half of the responses are truncated: raise --max_new_tokens": now["truncated"] > 0.5,
@@ -1422,24 +1502,9 @@ def each_step(run, heldout, stage):
 
 def preference_stage(run, pairs, heldout):
     """Stage 1, Eq. 11: Bradley-Terry on chosen and rejected."""
-    cfg, run.rm.has_value_head = run.cfg, False  # a value head it may have had belongs to other rewards
-
-    def micro_loss(model, index):
-        rewards = model(*model_inputs([side for i in index for side in batch[i]], cfg.device))[0]
-        loss = bradley_terry_loss(rewards[0::2], rewards[1::2]) * len(index) / cfg.batch
-        sums.add_(torch.tensor([loss.item(), (rewards[0::2] > rewards[1::2]).sum().item() / cfg.batch]))
-        return loss
-
+    run.rm.has_value_head = False  # a value head it may have had belongs to other rewards
     for step in each_step(run, heldout, "preference"):
-        batch = mine(draw(pairs, cfg.seed, "pairs", (step - 1) * cfg.batch, cfg.batch))
-        sums = torch.zeros(2)
-        longer = [max(pair, key=lambda side: len(side[0])) for pair in batch]
-        with run.log.time("rm_update"), frozen(run.rm.value_head), stops_at_bad_values(
-                run, step, lambda: [[run.rm.tokenizer.decode(ids) for ids, _ in pair] for pair in batch]):
-            accumulate(run.rm, micro_batches(range(len(batch)), longer, cfg.micro_tokens // 2), micro_loss)
-            run.log.put(rm_grad_norm=run.optimizers["rm"].step(run.lr_scale(step)))
-        loss, accuracy = total(*sums)
-        run.log.put(rm_loss=loss, rm_accuracy=accuracy)
+        bradley_terry_step(run, pairs, step)
     save_models(run)
 
 def value_stage(run, prompts):
@@ -1485,6 +1550,7 @@ def learn(run, batch):
     """Algorithm 2, lines 3 to 17."""
     cfg, log = run.cfg, run.log
     score_batch(run, batch)
+    label_batch(run, batch)
     positive, negative, valid = filtered(run, batch, batch.usable)  # step 1
     record_scores(run, batch, positive, negative, valid)
     record_samples(run, batch, positive, negative)
@@ -1495,12 +1561,13 @@ def learn(run, batch):
             score_batch(run, batch)
             log.deflation *= (batch.rewards.std(1).mean() / before.std(1).mean()).item()
             log.put(reward_shift=(batch.rewards - before).abs().mean(), deflation=log.deflation)
-        if cfg.rm_update == "save":
+        if cfg.rm_update in HAS_VALUE_HEAD:
             usable = None if cfg.v_full_group else batch.usable
             log.put(value_loss=value_step(run, batch.rewards, batch.features, usable, run.lr_scale(batch.step)))
 
-    positive, negative, valid = filtered(run, batch, batch.usable if cfg.mask_truncated else None)  # step 3
-    policy_step(run, batch, positive | negative, valid)
+    if not cfg.freeze_policy:  # step 3
+        positive, negative, valid = filtered(run, batch, batch.usable if cfg.mask_truncated else None)
+        policy_step(run, batch, positive | negative, valid)
     log.put(health=health(run))
 
 def save_stage(run, prompts, heldout):
@@ -1548,17 +1615,22 @@ def train(cfg):
         except ImportError:
             fail(f"--{package}: expected the {package} package to be installed")
     preference, saving = cfg.stage == "preference", cfg.stage in ("", "save")
+    anchored, offline = cfg.rm_update in HAS_VALUE_HEAD, saving and cfg.rm_update == "offline"
     rm_tokenizer = load_tokenizer(cfg.rm, "rm")
     heldout = {name_of(file): read_pairs(cfg, file, "heldout", rm_tokenizer) for file in cfg.heldout}
-    data = read_pairs(cfg, cfg.pairs, "pairs", rm_tokenizer) if preference else \
-        read_prompts(cfg, load_tokenizer(cfg.policy, "policy"))
+    pairs = read_pairs(cfg, cfg.pairs, "pairs", rm_tokenizer) if preference or offline else None
+    prompts = None if preference else read_prompts(cfg, load_tokenizer(cfg.policy, "policy"))
     if preference and cfg.steps is None:
-        cfg = dataclasses.replace(cfg, steps=max(1, len(data) * cfg.epochs // cfg.batch))
+        cfg = dataclasses.replace(cfg, steps=max(1, len(pairs) * cfg.epochs // cfg.batch))
     found = checkpoint_to_resume(cfg)
     rm = one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm, preference, cfg.seed))
-    run = Run(cfg, rm, checkpoint=found)
-    if cfg.stage == "save" and cfg.rm_update == "save" and not run.rm.has_value_head:
+    run = Run(cfg, rm, checkpoint=found, pairs=pairs)
+    if saving and anchored and not run.rm.has_value_head and (cfg.stage == "save" or cfg.label_rms):
         fail(f"--rm {cfg.rm}: it holds no value_head.safetensors; run --stage value first, or leave --stage out")
+    for path in [cfg.rm, *cfg.label_rms] if saving and cfg.label_rms else []:
+        run.labels.append(to_working_copy(one_rank_at_a_time(lambda: RewardModel.from_pretrained(path)), cfg))
+        if not run.labels[-1].has_value_head:
+            fail(f"--label_rms {path}: it holds no value_head.safetensors; run --stage value with --rm {path} first")
     # masters before working copies: they are taken in the checkpoint's precision, before it is rounded to --dtype
     if preference or (saving and cfg.rm_update != "none"):
         run.optimizers["rm"] = ShardedAdamW(run.rm.model, cfg.lr_rm, cfg)
@@ -1566,7 +1638,7 @@ def train(cfg):
     if not preference:
         run.policy = one_rank_at_a_time(lambda: Policy.from_pretrained(cfg.policy))
         check_context(cfg, run)
-        if saving:
+        if saving and not cfg.freeze_policy:
             run.optimizers["policy"] = ShardedAdamW(run.policy.model, cfg.lr_policy, cfg, keep_initial=cfg.kl_coef > 0)
         to_working_copy(run.policy, cfg).check_logits(cfg.policy)
 
@@ -1574,17 +1646,17 @@ def train(cfg):
     if cfg.resume:
         run.log.forget_after(int(found.name.removeprefix("step_")) if found else -1)
     if preference:
-        return preference_stage(run, data, heldout)
-    if cfg.stage == "value" or (cfg.rm_update == "save" and not run.rm.has_value_head and not found):
-        value_stage(run, data)
+        return preference_stage(run, pairs, heldout)
+    if cfg.stage == "value" or (anchored and not run.rm.has_value_head and not found):
+        value_stage(run, prompts)
     if cfg.stage == "value":  # nothing but the head was trained: the rest as it was before it was rounded to --dtype
         if cfg.dtype != "float32":
             run.rm.model = one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm)).model
         return save_models(run)
-    if cfg.rm_update == "save":
+    if anchored:
         run.optimizers["value"] = ShardedAdamW(run.rm.value_head, cfg.lr_value, cfg)
         run.rm.has_value_head = True
-    save_stage(run, data, heldout)
+    save_stage(run, prompts, heldout)
 
 def name_of(source):
     """data/heldout_id.jsonl.gz -> heldout_id."""

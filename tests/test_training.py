@@ -242,9 +242,22 @@ def test_without_valid_prompts_only_the_value_head_learns(tmp_path):
     assert changed(run.rm, before) == {"value_head.weight", "value_head.bias"}
 
 
+def plain_reinforce_advantages(cfg, batch, trained, old_model, initial):
+    """REINFORCE++ row by row: {(p, g): advantage per token}, whitened over the tokens of all trained rows."""
+    returns = {}
+    for p, g in trained.nonzero().tolist():
+        lp, ref = (plain_log_probs(m, *batch.sequences[4 * p + g], cfg.temperature) for m in (old_model, initial))
+        kl = (lp - ref).tolist()
+        returns[p, g] = [batch.rewards[p, g].item() - cfg.kl_coef * sum(kl[t:]) for t in range(len(kl))]
+    tokens = [x for row in returns.values() for x in row]
+    mean, spread = statistics.mean(tokens), statistics.pstdev(tokens)
+    return {key: torch.tensor([(x - mean) / spread for x in row]) for key, row in returns.items()}
+
+
 def plain_policy_loss(cfg, batch, trained, model, old_model, initial, prompts):
     """Step 3 row by row, from the whole logits of plain transformers."""
     losses = []
+    whitened = plain_reinforce_advantages(cfg, batch, trained, old_model, initial) if "++" in cfg.algo else None
     for p in prompts:
         kept = [g for g in range(4) if trained[p][g]]
         base = kept if cfg.adv_group == "survivors" else range(4)
@@ -255,18 +268,20 @@ def plain_policy_loss(cfg, batch, trained, model, old_model, initial, prompts):
             rewards = {g: r - cfg.kl_coef * (old[g] - ref[g]).sum().item() for g, r in rewards.items()}
         for g in kept:
             advantage = rewards[g] - statistics.mean(r for h, r in rewards.items() if h != g)
-            if cfg.algo != "rloo":
+            if whitened:
+                advantage = whitened[p, g]
+            elif cfg.algo != "rloo":
                 spread = statistics.stdev(rewards.values())
                 advantage = (rewards[g] - statistics.mean(rewards.values())) / (spread + 1e-4)
             change, gap = lp[g] - old[g].detach(), ref[g].detach() - lp[g]
-            ratio = {"grpo": change, "gspo": change.mean(), "rloo": change.sum()}[cfg.algo].exp()
+            ratio = {"grpo": change, "gspo": change.mean(), "rloo": change.sum(), "reinforce++": change}[cfg.algo].exp()
             gain = torch.minimum(ratio * advantage, ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * advantage)
-            kl = 0 if cfg.algo == "rloo" else cfg.kl_coef * (gap.exp() - gap - 1)
+            kl = 0 if cfg.algo in ("rloo", "reinforce++") else cfg.kl_coef * (gap.exp() - gap - 1)
             losses.append((kl - gain).mean())
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("algo", ("grpo", "gspo", "rloo"))
+@pytest.mark.parametrize("algo", ("grpo", "gspo", "rloo", "reinforce++"))
 @pytest.mark.parametrize("options", [{}, {"num_minibatches": 2}, {"adv_group": "full", "micro_tokens": 1},
                                      {"kl_coef": 0.0}, {"policy_requires_both_signs": True}], ids=str)
 def test_the_policy_step_has_the_gradient_of_the_formulas(tmp_path, algo, options):
