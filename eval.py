@@ -596,7 +596,7 @@ PAPER = {"Skywork-Reward-V2-Llama-3.2-3B": {"rewardbench": 93.0, "rewardbench2":
 def table(results):
     """Lines of one table: models down, benchmarks across, score and 95 % interval, and what to know when reading it."""
     first = next(iter(results.values()))
-    lines = [["", *(Path(name).name for name in first)]]
+    lines = [["", *("average" if name == "all" else Path(name).name for name in first)]]
     for path, result in results.items():
         lines.append([path, *("{:.2f} [{:.1f}, {:.1f}]".format(x["average"], *x["interval"]["average"])
                               for x in result.values())])

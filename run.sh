@@ -2,6 +2,7 @@
 # bash run.sh [flags]         the whole pipeline on the laptop world, two CPU cores, minutes; flags go to save.py
 # bash run.sh test [flags]    the tests; flags go to pytest
 # bash run.sh paper [flags]   the paper's run on 4 GPUs; flags go to save.py
+# bash run.sh table1|table2|sweeps   the tables on the laptop world, six seeds, resumable; see tests/tables.py
 # The first use makes .venv and installs requirements.txt; PYTHON=/path/to/python uses an environment of yours instead.
 # WORLD=annealed|constant|noisy and SEED=0 choose the laptop world, OUT=runs/laptop where it goes.
 set -euo pipefail
@@ -25,9 +26,7 @@ laptop() {
   [ -f "$data/world.json" ] || "$PYTHON" tests/toy.py --out "$data" --world "$world" --seed "$seed"
   rm -rf "$run"
   "$PYTHON" save.py --policy "$data/policy" --rm "$data/rm" --prompts "$data/prompts.jsonl" --out "$run" \
-    --heldout "$data"/heldout_*.jsonl --steps 120 --batch 16 --group 8 --temperature 1 --top_p 1 --top_k 0 \
-    --max_new_tokens 8 --lr_rm 1e-5 --lr_value 1e-3 --lr_policy 5e-4 --value_prompts 512 --value_epochs 6 \
-    --value_lr 2e-3 --save_every 0 --show_every 40 --seed "$seed" "$@"
+    --heldout "$data"/heldout_*.jsonl $("$PYTHON" tests/toy.py --flags) --seed "$seed" "$@"
   "$PYTHON" tests/toy.py --report "$data" "$run"
   "$PYTHON" eval.py --rm "$data/rm" "$run/rm" --bench "$data"/heldout_*.jsonl --out "$run/eval"  # paired intervals
 }
@@ -38,7 +37,8 @@ case "${1:-laptop}" in
     setup; shift
     PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
       "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 4 save.py --out runs/paper "$@" ;;
+  table1|table2|sweeps) setup; "$PYTHON" tests/tables.py "$@" ;;
   laptop) setup; laptop "${@:2}" ;;
   -*) setup; laptop "$@" ;;
-  *) echo "run.sh: $1: expected nothing, test, paper or flags of save.py" >&2; exit 2 ;;
+  *) echo "run.sh: $1: expected nothing, test, paper, table1, table2, sweeps or flags of save.py" >&2; exit 2 ;;
 esac

@@ -54,6 +54,10 @@ TASKS = {
     "shift": lambda symbols: [SYMBOLS[(SYMBOLS.index(symbol) + 1) % len(SYMBOLS)] for symbol in symbols],
 }
 WORLDS = ("annealed", "constant", "noisy")
+LAPTOP_FLAGS = (  # of save.py on this world, for run.sh and tables.py
+    "--steps 120 --batch 16 --group 8 --temperature 1 --top_p 1 --top_k 0 --max_new_tokens 8 --lr_rm 1e-5 "
+    "--lr_value 1e-3 --lr_policy 5e-4 --value_prompts 512 --value_epochs 6 --value_lr 2e-3 --save_every 0 "
+    "--show_every 40").split()
 SIZES = {"prompts": 2000, "prompts_test": 500, "pairs": 10000, "heldout": 1000, "sft_steps": 500, "grpo_steps": 40}
 
 # the RM's special tokens do in its template what these do in the policy's; its BOS has no counterpart
@@ -410,12 +414,20 @@ def main():
     parser.add_argument("--out", help="folder to build the world in")
     parser.add_argument("--world", choices=WORLDS, default="annealed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--extra_rm", type=int, metavar="K", help="only train rm_K on the pairs that are in --out")
+    parser.add_argument("--flags", action="store_true", help="print the flags of save.py for the laptop run")
     parser.add_argument("--gold", nargs="+", metavar="POLICY_DIR")
     parser.add_argument("--prompts", help="prompts.jsonl for --gold")
     parser.add_argument("--report", nargs=2, metavar=("DIR", "RUN"))
     args = parser.parse_args()
-    if args.report:
+    if args.flags:
+        print(" ".join(LAPTOP_FLAGS))
+    elif args.report:
         report(*args.report)
+    elif args.extra_rm:
+        out = Path(args.out)
+        train_rm(out / f"rm_{args.extra_rm}", out / "policy", out / "pairs.jsonl", args.world,
+                 1000 * args.extra_rm + args.seed)
     elif args.gold and args.prompts:
         for policy in args.gold:
             result = gold_reward(policy, read_prompts(args.prompts), args.seed)

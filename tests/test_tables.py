@@ -1,0 +1,83 @@
+"""tables.py on tiny worlds: every row of every table runs, nothing runs twice, and the numbers are added up right."""
+import concurrent.futures
+import contextlib
+import json
+import shutil
+import statistics
+import sys
+
+import pytest
+import tables
+import toy
+
+import save
+
+SMALL = ("--steps 1 --batch 4 --group 4 --value_prompts 4 --value_k 2 --value_epochs 1 --max_new_tokens 4 --device cpu "
+         "--max_prompt_tokens 32 --save_every 0").split()
+
+@pytest.fixture
+def quick(monkeypatch):
+    """save.py in this process, tiny worlds instead of trained ones. Yields the command lines."""
+    calls = []
+
+    def call(script, *words):
+        words = [str(word) for word in words]
+        calls.append([script, *words])
+        if script == "save.py":
+            return save.main(words)
+        out = tables.Path(words[words.index("--out") + 1])
+        if "--extra_rm" in words:
+            return shutil.copytree(out / "rm", out / f"rm_{words[-1]}")
+        toy.tiny_world(out, int(words[words.index("--seed") + 1]))
+        return (out / "world.json").write_text("{}")
+    monkeypatch.setattr(tables, "call", call)
+    monkeypatch.setattr(tables.concurrent.futures, "ThreadPoolExecutor", OneAfterTheOther)
+    return calls
+
+class OneAfterTheOther(contextlib.nullcontext):
+    """In the main thread, where alone save.py can watch for signals."""
+
+    def __enter__(self):
+        return self
+
+    def submit(self, work, *inputs):
+        future = concurrent.futures.Future()
+        future.set_result(work(*inputs))
+        return future
+
+def run(monkeypatch, out, *words):
+    monkeypatch.setattr(sys, "argv", ["tables.py", *map(str, words), "--out", str(out), "--jobs", "1", *SMALL])
+    tables.main()
+
+@pytest.mark.parametrize("table", ["table1", "table2", pytest.param("sweeps", marks=pytest.mark.slow)])
+def test_every_row_runs_once(tmp_path, monkeypatch, quick, table):
+    monkeypatch.setattr(toy, "gold_reward", lambda policy, prompts: {"sampled": 0.5, "greedy": 0.25})
+    run(monkeypatch, tmp_path, table, "--seeds", 10, 11, "--worlds", "noisy")
+    rows = json.loads((tmp_path / f"{table}.json").read_text())["worlds"]["noisy"]
+    assert list(rows) == list(tables.ROWS[table]) and all(len(runs) == 2 for runs in rows.values())
+    saved = [call for call in quick if call[0] == "save.py" and call[2] == "save"]
+    assert len(saved) == 2 * len(rows)
+    lines = (tmp_path / f"{table}.md").read_text().splitlines()
+    assert len(lines) == 3 + len(rows) and len({line.count("|") for line in lines}) == 1
+    for line, (name, runs) in zip(lines[3:], rows.items()):
+        gains = [statistics.mean(r["after"].values()) - statistics.mean(r["init"].values()) for r in runs]
+        assert name in line and f"{statistics.mean(gains):.2f} ±" in line
+        assert f"{sum(gain > 0 for gain in gains)} of 2" in line
+    before = len(quick)
+    run(monkeypatch, tmp_path, table, "--seeds", 10, 11, "--worlds", "noisy")
+    assert len(quick) == before  # all there: nothing is run again
+
+def test_rows_say_what_they_are(tmp_path, monkeypatch, quick):
+    monkeypatch.setitem(tables.ROWS, "table1", {name: flags for name, flags in tables.ROWS["table1"].items()
+                                                if "policy" in name or "offline" in name})
+    run(monkeypatch, tmp_path, "table1", "--seeds", 10, "--worlds", "annealed")
+    words = {call[call.index("--out") + 1].split("/")[-1]: call for call in quick if call[1:3] == ["--stage", "save"]}
+    assert {len(call[call.index("--label_rms") + 1:call.index("--steps", call.index("--label_rms"))])
+            for call in words.values() if "--label_rms" in call} == {2}
+    frozen = [name for name, call in words.items() if "--freeze_policy" in call]
+    assert len(frozen) == 3 == len(words)
+    data = tmp_path / "annealed-10"
+    first = toy.gold_reward(data / "policy", toy.read_prompts(data / "prompts_test.jsonl"))
+    for name in frozen:  # the world's own policy
+        gold = json.loads((data / "rows" / name / "result.json").read_text())["gold"]
+        assert gold == {key: 100 * x for key, x in first.items()}
