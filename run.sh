@@ -2,7 +2,7 @@
 # bash run.sh [flags]         the whole pipeline on the laptop world, two CPU cores, minutes; flags go to save.py
 # bash run.sh test [flags]    the tests; flags go to pytest
 # bash run.sh paper [flags]   the paper's run on 4 GPUs; flags go to save.py
-# bash run.sh table1|table2|sweeps   the tables on the laptop world, six seeds, resumable; see tests/tables.py
+# bash run.sh table1|table2|table3|sweeps   the tables on the laptop world, six seeds, resumable; see tests/tables.py
 # The first use makes .venv and installs requirements.txt; PYTHON=/path/to/python uses an environment of yours instead.
 # WORLD=annealed|constant|noisy and SEED=0 choose the laptop world, OUT=runs/laptop where it goes.
 set -euo pipefail
@@ -37,8 +37,8 @@ case "${1:-laptop}" in
     setup; shift
     PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
       "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 4 save.py --out runs/paper "$@" ;;
-  table1|table2|sweeps) setup; "$PYTHON" tests/tables.py "$@" ;;
+  table1|table2|table3|sweeps) setup; "$PYTHON" tests/tables.py "$@" ;;
   laptop) setup; laptop "${@:2}" ;;
   -*) setup; laptop "$@" ;;
-  *) echo "run.sh: $1: expected nothing, test, paper, table1, table2, sweeps or flags of save.py" >&2; exit 2 ;;
+  *) echo "run.sh: $1: expected nothing, test, paper, table1, table2, table3, sweeps or flags of save.py" >&2; exit 2 ;;
 esac

@@ -2,6 +2,7 @@
 
     python tests/tables.py table1 --out runs/tables                  # methods and ablations, three worlds
     python tests/tables.py table2 --out runs/tables                  # RL algorithms
+    python tests/tables.py table3 --out runs/tables                  # R2M and PRIME
     python tests/tables.py sweeps --out runs/tables                  # group size, m0, learning rates
     python tests/tables.py table1 --out runs/tables --worlds noisy --seeds 10 11 --jobs 2
 
@@ -42,6 +43,10 @@ ROWS = {
         "SAVE with GSPO": ["--algo", "gspo", "--num_minibatches", "4"],
         "SAVE with REINFORCE++": ["--algo", "reinforce++"],
     },
+    "table3": {  # other methods that update the reward model, as forks of save.py
+        "GRPO, frozen RM": ["--rm_update", "none"], "SAVE": [],
+        "R2M": ["tests/rivals/r2m.py"], "PRIME": ["tests/rivals/prime.py", "--lr_prm", "1e-5"],
+    },
     "sweeps": {
         "SAVE": [], **{f"G = {g}": ["--group", str(g)] for g in (4, 16)},
         **{f"m0 = {m0}": ["--m0", m0] for m0 in ("0.3", "0.7")},
@@ -76,7 +81,8 @@ def run_row(data, out, flags, args, seed):
     rm = anchored(data, data / "rm", data / "value", args, seed)
     if flags[-1:] == ["--label_rms"]:
         flags = [*flags, *(anchored(data, data / f"rm_{k}", data / f"value_{k}", args, seed) for k in (1, 2))]
-    call("save.py", "--stage", "save", "--rm", rm, "--policy", data / "policy", "--prompts", data / "prompts.jsonl",
+    script, flags = (flags[0], flags[1:]) if flags[:1] and flags[0].endswith(".py") else ("save.py", flags)
+    call(script, "--stage", "save", "--rm", rm, "--policy", data / "policy", "--prompts", data / "prompts.jsonl",
          "--pairs", data / "pairs.jsonl", "--heldout", *sorted(data.glob("heldout_*.jsonl")), "--out", out, "--seed",
          seed, "--resume", *toy.LAPTOP_FLAGS, *flags, *args.flags)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -12,8 +12,14 @@ import toy
 
 import save
 
+sys.path.insert(0, str(tables.ROOT / "tests/rivals"))
+import prime  # noqa: E402
+import r2m  # noqa: E402
+
 SMALL = ("--steps 1 --batch 4 --group 4 --value_prompts 4 --value_k 2 --value_epochs 1 --max_new_tokens 4 --device cpu "
          "--max_prompt_tokens 32 --save_every 0").split()
+
+MAINS = {"save.py": save.main, "tests/rivals/r2m.py": r2m.main, "tests/rivals/prime.py": prime.main}
 
 @pytest.fixture
 def quick(monkeypatch):
@@ -23,8 +29,8 @@ def quick(monkeypatch):
     def call(script, *words):
         words = [str(word) for word in words]
         calls.append([script, *words])
-        if script == "save.py":
-            return save.main(words)
+        if script in MAINS:
+            return MAINS[script](words)
         out = tables.Path(words[words.index("--out") + 1])
         if "--extra_rm" in words:
             return shutil.copytree(out / "rm", out / f"rm_{words[-1]}")
@@ -49,13 +55,13 @@ def run(monkeypatch, out, *words):
     monkeypatch.setattr(sys, "argv", ["tables.py", *map(str, words), "--out", str(out), "--jobs", "1", *SMALL])
     tables.main()
 
-@pytest.mark.parametrize("table", ["table1", "table2", pytest.param("sweeps", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("table", ["table1", "table2", "table3", pytest.param("sweeps", marks=pytest.mark.slow)])
 def test_every_row_runs_once(tmp_path, monkeypatch, quick, table):
     monkeypatch.setattr(toy, "gold_reward", lambda policy, prompts: {"sampled": 0.5, "greedy": 0.25})
     run(monkeypatch, tmp_path, table, "--seeds", 10, 11, "--worlds", "noisy")
     rows = json.loads((tmp_path / f"{table}.json").read_text())["worlds"]["noisy"]
     assert list(rows) == list(tables.ROWS[table]) and all(len(runs) == 2 for runs in rows.values())
-    saved = [call for call in quick if call[0] == "save.py" and call[2] == "save"]
+    saved = [call for call in quick if call[1:3] == ["--stage", "save"]]
     assert len(saved) == 2 * len(rows)
     lines = (tmp_path / f"{table}.md").read_text().splitlines()
     assert len(lines) == 3 + len(rows) and len({line.count("|") for line in lines}) == 1

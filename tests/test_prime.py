@@ -1,0 +1,319 @@
+"""PRIME, the rival of tests/rivals/prime.py: Eq. 5 and the cross-entropy against loops and hand values, its step
+against plain graphs, whole runs."""
+import copy
+import math
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_models import gradients, plain_log_probs, same, weights
+from test_runs import argv, metrics, rows_of, samples
+from test_training import Recording, changed, make_run, noisy_steps
+from torch.nn.functional import binary_cross_entropy_with_logits
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import save
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "rivals"))
+import prime  # noqa: E402
+
+# ---------------------------------------------------------------- Eq. 5
+def padded(groups, filler):
+    """Groups of lists of token rewards -> token_rewards, mask (P,G,T); `filler` beyond the end of a response."""
+    width = max(len(row) for group in groups for row in group)
+    full = [[row + [filler] * (width - len(row)) for row in group] for group in groups]
+    mask = [[[t < len(row) for t in range(width)] for row in group] for group in groups]
+    return torch.tensor(full, dtype=torch.float64), torch.tensor(mask)
+
+def loops(group, labels):
+    """Eq. 5 letter by letter for one group: a list of advantages for each response."""
+    K, result = len(group), []
+    for i, own in enumerate(group):
+        others = [j for j in range(K) if j != i]
+        outcome = labels[i] - sum(labels[j] for j in others) / (K - 1)
+        result.append([outcome + sum(own[s] - sum(statistics.mean(group[j]) for j in others) / (K - 1)
+                                     for s in range(t, len(own))) for t in range(len(own))])
+    return result
+
+@pytest.mark.parametrize("filler", (0.0, 7.0, math.inf, math.nan))
+@pytest.mark.parametrize("K", (2, 3, 8))
+def test_advantages_are_eq_5_written_as_loops(K, filler):
+    torch.manual_seed(K)
+    groups = [[torch.randn(n).tolist() for n in torch.randint(1, 9, (K,)).tolist()] for _ in range(5)]
+    labels = torch.rand(5, K).double()
+    got = prime.prime_advantages(*padded(groups, filler), labels)
+    want, mask = padded([loops(group, row.tolist()) for group, row in zip(groups, labels)], 0.0)
+    same(got, want, 1e-12)
+    assert not got[~mask].any() and not mask.all()
+
+def test_advantages_by_hand():
+    token_rewards, mask = padded([[[1.0, 3.0], [2.0]]], 0.0)  # both average 2, and each is the other's baseline
+    got = prime.prime_advantages(token_rewards, mask, torch.tensor([[1.0, 0.0]]))
+    assert got.tolist() == [[[(1 - 2) + (3 - 2) + 1, (3 - 2) + 1], [(2 - 2) - 1, 0]]]
+
+def test_the_baseline_takes_the_average_over_a_siblings_tokens():
+    """A sibling three times as long, with the same average, changes nothing; its sum would."""
+    labels = torch.tensor([[1.0, 0.0, 1.0]])
+    short, long = (prime.prime_advantages(*padded([[[1.0, -2.0, 0.5], [3.0] * n, [0.0]]], 0.0), labels)[0, 0, :3]
+                   for n in (1, 3))
+    same(short, long)
+    want = [1 - 0.5 + sum(x - (3 + 0) / 2 for x in row) for row in ([1, -2, 0.5], [-2, 0.5], [0.5])]
+    assert short.tolist() == pytest.approx(want)
+
+# ---------------------------------------------------------------- labels, filter, cross-entropy
+def test_labels_by_hand():
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [-1.0, -1.0, -1.0, 7.0], [2.0, 4.0, 3.0, 3.0]])  # means 3, 1, 3
+    assert prime.outcome_labels(rewards, "hard").tolist() == [[0, 0, 1, 1], [0, 0, 0, 1], [0, 1, 1, 1]]
+    soft = prime.outcome_labels(rewards, "soft")
+    want = [[1 / (1 + math.exp(mean - x)) for x in row] for row, mean in zip(rewards.tolist(), (3, 1, 3))]
+    same(soft, torch.tensor(want), 1e-6)
+    assert soft[0, 2] == soft[2, 2] == 0.5
+
+def test_equal_rewards_are_ties_with_their_mean_and_all_good():
+    rewards = torch.tensor([[x] * 7 for x in (0.1, -0.1, 1 / 3, 23.456, -7.0001)])
+    assert (rewards < rewards.mean(1, keepdim=True)).any()  # what a mean in fp32 would do
+    assert prime.outcome_labels(rewards, "hard").all()
+    assert (prime.outcome_labels(rewards, "soft") == 0.5).all()
+
+@pytest.mark.parametrize("K, passing", [(5, range(1, 5)), (10, range(2, 9)), (16, range(4, 13)), (2, [1])])
+def test_the_filter_keeps_accuracies_from_two_to_eight_tenths(K, passing):
+    labels = torch.tensor([[1.0] * good + [0.0] * (K - good) for good in range(K + 1)])
+    assert prime.accuracy_filter(labels).nonzero()[:, 0].tolist() == list(passing)
+    soft = torch.tensor([[0.1, 0.2], [0.1, 0.4], [0.9, 0.8], [0.9, 0.6]])
+    assert prime.accuracy_filter(soft).tolist() == [False, True, False, True]
+
+def test_cross_entropy_by_hand_and_as_torch_has_it():
+    got = prime.cross_entropy(torch.tensor([0.0, math.log(3)]), torch.tensor([1.0, 0.0]))  # sigmoids 1/2 and 3/4
+    assert got.item() == pytest.approx((math.log(2) + math.log(4)) / 2)
+    torch.manual_seed(0)
+    rewards = torch.cat([torch.randn(20) * 5, torch.tensor([-1e4, 1e4, -1e4, 1e4])]).double().requires_grad_()
+    labels = torch.cat([torch.rand(10), torch.randint(0, 2, (10,)), torch.tensor([0, 1, 1, 0])]).double()
+    ours, torchs = prime.cross_entropy(rewards, labels), binary_cross_entropy_with_logits(rewards, labels)
+    same(ours, torchs, 1e-12)
+    same(*(torch.autograd.grad(loss, rewards)[0] for loss in (ours, torchs)), 1e-12)
+    assert torch.autograd.gradcheck(lambda r: prime.cross_entropy(r, labels[:20]), rewards[:20])
+
+# ---------------------------------------------------------------- one step
+def make_prime(out, monkeypatch, moved=True, **options):
+    """A Run with a PRM and its first batch; `moved`: the PRM has left the reference. Also the reference."""
+    monkeypatch.setattr(save, "Config", prime.PrimeConfig)
+    run, _, batch = make_run(out, **{"lr_prm": 1e-3, "prime_beta": 0.5, **options})
+    run.prm, reference = copy.deepcopy(run.policy), copy.deepcopy(run.policy.model)
+    prm = run.optimizers["prm"] = Recording(run.prm.model, run.cfg.lr_prm, run.cfg, keep_initial=True)
+    prm.seen = []
+    if moved:
+        noisy_steps(run.prm.model, prm, range(3))
+        prm.seen.clear()
+    return run, batch, reference
+
+def plain_rewards(beta, model, reference, batch):
+    """r_phi of the tokens of each response, from the whole logits of plain transformers at temperature 1."""
+    return [beta * (plain_log_probs(model, *row, 1.0) - plain_log_probs(reference, *row, 1.0).detach())
+            for row in batch.sequences]
+
+def test_token_log_probs_are_those_of_both_models_at_temperature_1(tmp_path, monkeypatch):
+    run, batch, reference = make_prime(tmp_path, monkeypatch, micro_tokens=60)
+    before = weights(run.prm)
+    log_probs, initial, mask = prime.token_log_probs(run, batch.sequences)
+    assert run.cfg.temperature == 0.7 and mask.sum(1).tolist() == batch.lengths.flatten().tolist()
+    for i, row in enumerate(batch.sequences):
+        same(log_probs[i][mask[i]], plain_log_probs(run.prm.model, *row, 1.0).detach(), 1e-5)
+        same(initial[i][mask[i]], plain_log_probs(reference, *row, 1.0).detach(), 1e-5)
+    assert not log_probs[~mask].any() and not initial[~mask].any()
+    same(weights(run.prm), before)
+
+def test_at_the_start_implicit_rewards_are_zero_and_the_outcome_is_the_advantage(tmp_path, monkeypatch):
+    run, batch, _ = make_prime(tmp_path, monkeypatch, moved=False, micro_tokens=60)
+    log_probs, reference, mask = prime.token_log_probs(run, batch.sequences)
+    assert torch.equal(log_probs, reference) and log_probs.any()
+    labels = prime.outcome_labels(batch.rewards, "hard")
+    got = prime.prime_advantages((log_probs - reference).view(4, 4, -1), mask.view(4, 4, -1), labels)
+    everything = torch.ones_like(batch.ended)
+    same(got, save.rloo_advantages(labels, everything)[..., None] * mask.view(4, 4, -1), 1e-6)
+
+KEEP = torch.tensor([[True] * 4, [False] * 4, [True] * 4, [False, True, True, False]])
+KEPT = KEEP.flatten().nonzero()[:, 0].tolist()
+
+@pytest.mark.parametrize("micro_tokens", (1, 60, 10**6))
+def test_the_prm_step_has_the_gradient_of_the_plain_graph_and_moves_the_prm_alone(tmp_path, monkeypatch, micro_tokens):
+    run, batch, reference = make_prime(tmp_path, monkeypatch, micro_tokens=micro_tokens)
+    others, prm, labels = (run.policy, run.rm), weights(run.prm.model), torch.rand(4, 4)
+    before = [weights(model) for model in others]
+    rewards = torch.stack([row.sum() for row in plain_rewards(0.5, run.prm.model, reference, batch)])[KEPT]
+    loss = binary_cross_entropy_with_logits(rewards, labels.flatten()[KEPT])
+    want = gradients(run.prm.model, loss)
+    prime.prm_step(run, batch, prime.token_log_probs(run, batch.sequences)[1], labels, KEEP)
+    assert run.log.record["rm_loss"] == pytest.approx(loss.item(), rel=1e-5) and loss.item() != pytest.approx(0.693)
+    [(_, got)] = run.optimizers["prm"].seen
+    same(got, want, 2e-5)
+    assert changed(run.prm.model, prm) == set(want) and [changed(*pair) for pair in zip(others, before)] == [set()] * 2
+
+@pytest.mark.parametrize("options", [{}, {"num_minibatches": 2, "lr_policy": 0.05}, {"micro_tokens": 1}], ids=str)
+def test_the_policy_step_has_the_gradient_of_the_formula_and_moves_the_policy_alone(tmp_path, monkeypatch, options):
+    run, batch, _ = make_prime(tmp_path, monkeypatch, **options)
+    others, old, cfg = (run.prm, run.rm), copy.deepcopy(run.policy.model), run.cfg
+    before = [weights(model) for model in others]
+    advantages = torch.randn(16, int(batch.lengths.max()))
+    prime.policy_step(run, batch, advantages, KEEP, KEEP.any(1))
+    parts = [range(8), range(8, 16)] if cfg.num_minibatches == 2 else [range(16)]
+    assert len(run.optimizers["policy"].seen) == len(parts)
+    for part, (at, got) in zip(parts, run.optimizers["policy"].seen):
+        model, losses = copy.deepcopy(old), []
+        model.load_state_dict(at, strict=False)
+        for row in (row for row in part if row in KEPT):
+            lp, was = (plain_log_probs(m, *batch.sequences[row], cfg.temperature) for m in (model, old))
+            ratio, a = (lp - was.detach()).exp(), advantages[row, :len(lp)]
+            losses.append(-torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).mean())
+        same(got, gradients(model, sum(losses) / len(losses)), 5e-5)
+    assert bool(run.log.record["clipped"]) == (cfg.num_minibatches == 2)
+    assert changed(run.policy.model, weights(old)) == set(got)
+    assert [changed(*pair) for pair in zip(others, before)] == [set()] * 2
+    assert save.ADVANTAGES["grpo"] is save.grpo_advantages and save.policy_loss is prime.policy_loss  # put back
+
+@pytest.mark.parametrize("kind", ("hard", "soft"))
+@pytest.mark.parametrize("mask_truncated", (False, True))
+def test_a_step_scores_then_trains_the_prm_then_the_policy(tmp_path, monkeypatch, kind, mask_truncated):
+    run, batch, reference = make_prime(tmp_path, monkeypatch, prime_labels=kind, mask_truncated=mask_truncated)
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.5] * 4, [-9.0, 1.0, 1.0, 1.0], [9.0, 8.0, -8.0, -9.0]])
+    if kind == "soft":
+        rewards[1] = torch.tensor([-4.0, -4.0, -4.0, 12.0])  # labels .02, .02, .02, 1: a mean of .26
+    monkeypatch.setattr(save, "score_batch", lambda run, batch: setattr(batch, "rewards", rewards))
+    run.log.put(rollout_seconds=1.0)
+    labels = prime.outcome_labels(rewards, kind)
+    valid = [True, kind == "soft", True, True]
+    rows = [row.tolist() for row in plain_rewards(0.5, run.prm.model, reference, batch)]
+    want = [loops(rows[4 * p:4 * p + 4], labels[p].tolist()) for p in range(4)]
+    calls = []
+    for name in ("prm_step", "policy_step"):
+        monkeypatch.setattr(prime, name, lambda *args, name=name, inner=getattr(prime, name):
+                            (calls.append((name, args)), inner(*args)))
+    prime.learn(run, batch)
+    (first, (_, _, _, got_labels, keep)), (second, (_, _, advantages, trained, _)) = calls
+    assert (first, second) == ("prm_step", "policy_step")
+    assert torch.equal(got_labels, labels) and keep.all(1).tolist() == keep.any(1).tolist() == valid
+    assert torch.equal(trained, keep & batch.usable if mask_truncated else keep) and not batch.usable.all()
+    same(advantages.double(), padded(want, 0.0)[0].flatten(0, 1), 1e-4)  # by the PRM as it was before its step
+    assert all(len(run.optimizers[name].seen) == 1 for name in ("prm", "policy")) and not run.optimizers["rm"].seen
+    assert run.log.record["valid"] == run.log.record["kept"] == sum(valid) / 4
+
+def test_prompts_outside_the_filter_train_nothing(tmp_path, monkeypatch):
+    run, batch, _ = make_prime(tmp_path, monkeypatch)
+    monkeypatch.setattr(save, "score_batch", lambda run, batch: setattr(batch, "rewards", torch.ones(4, 4)))
+    run.log.put(rollout_seconds=1.0)
+    before = [weights(model) for model in (run.prm, run.policy, run.rm)]
+    prime.learn(run, batch)
+    assert [changed(*pair) for pair in zip((run.prm, run.policy, run.rm), before)] == [set()] * 3
+    assert run.log.record["kept"] == 0
+
+# ---------------------------------------------------------------- whole runs
+RUN = {"lr_prm": 1e-3, "lr_policy": 1e-4, "m0": 0.5, "save_every": 1, "keep": 9}
+
+@pytest.fixture(scope="module")
+def ran(world, tmp_path_factory):
+    """A run of two steps; afterwards save.py is as it was."""
+    out, before = tmp_path_factory.mktemp("prime") / "out", dict(vars(save))
+    prime.main(argv(world, out, heldout=[world / "heldout_id.jsonl"], **RUN))
+    assert vars(save) == before
+    return out
+
+def test_a_run_writes_its_files_with_finite_numbers(ran):
+    assert {p.name for p in ran.iterdir()} == {"rm", "policy", "metrics.jsonl", "samples.jsonl", "checkpoints"}
+    config = rows_of(ran / "metrics.jsonl")[0]["config"]
+    assert config["prime_beta"] == 0.05 and config["prime_labels"] == "hard" and config["rm_update"] == "none"
+    logged = metrics(ran)
+    assert list(logged) == [("save", 0), ("save", 1), ("save", 2)]
+    numbers = [x for row in logged.values() for x in row.values() if not isinstance(x, list)]
+    assert all(math.isfinite(x) for x in numbers)
+    first, last = logged["save", 1], logged["save", 2]
+    assert first["implicit_reward"] == 0 and first["rm_loss"] == pytest.approx(math.log(2)) and last["implicit_spread"]
+    assert logged["save", 0]["accuracy_heldout_id"] == 0 and last["accuracy_heldout_id"] > 0  # phi = ref: only ties
+    for step, prompts in samples(ran).items():
+        for rows in prompts:
+            mean = statistics.mean(row["reward"] for row in rows)
+            good = [row["reward"] >= mean for row in rows]
+            inside = 0.2 <= sum(good) / len(good) <= 0.8
+            assert [row["side"] for row in rows] == [("+" if x else "-") if inside else "" for x in good]
+
+def test_the_folders_load_in_plain_transformers_and_give_the_logged_accuracy(ran, world):
+    models = {}
+    for name, path in (("phi", ran / "rm"), ("ref", world / "policy"), ("policy", ran / "policy")):
+        models[name], info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+        assert not any(info.values())
+    assert models["phi"].config.dtype == torch.float32
+    start = weights(models["ref"])
+    assert changed(models["phi"], start) == changed(models["policy"], start) == set(start)
+    words, right, pairs = AutoTokenizer.from_pretrained(ran / "rm"), 0, rows_of(world / "heldout_id.jsonl")
+    for pair in pairs:
+        ask, rewards = f"<user> {pair['prompt']} <assistant> ", []
+        for side in ("chosen", "rejected"):
+            ids, length = words(f"{ask}{pair[side]} <end>")["input_ids"], len(words(ask)["input_ids"])
+            rewards.append(sum((plain_log_probs(models[m], ids, length, 1.0).sum().item()) * sign
+                               for m, sign in (("phi", 1), ("ref", -1))))
+        right += rewards[0] > rewards[1]
+    assert metrics(ran)["save", 2]["accuracy_heldout_id"] == pytest.approx(100 * right / len(pairs))
+
+def test_a_template_may_go_on_after_the_end_of_a_response(tmp_path, monkeypatch):
+    run, batch, _ = make_prime(tmp_path, monkeypatch)
+    end, pairs = run.policy.eos_ids[0], list(zip(batch.sequences[0::2], batch.sequences[1::2]))
+    plain = [tuple((ids + [end], length) for ids, length in pair) for pair in pairs]
+    longer = [tuple((ids + [6, 7, 8], length) for ids, length in pair) for pair in plain]
+    prime.heldout_accuracy(run, {"plain": plain, "longer": longer})
+    assert run.log.record["accuracy_plain"] == run.log.record["accuracy_longer"] > 0
+
+def test_resume_goes_on_as_if_nothing_had_happened(ran, world, tmp_path):
+    out = shutil.copytree(ran, tmp_path / "out")
+    for name in ("checkpoints/step_000002", "rm", "policy"):
+        shutil.rmtree(out / name)
+    prime.main(argv(world, out, heldout=[world / "heldout_id.jsonl"], resume=True, **RUN))
+    assert metrics(out) == metrics(ran)
+    for name in ("rm", "policy"):
+        same(*(weights(AutoModelForCausalLM.from_pretrained(root / name)) for root in (out, ran)))
+
+def test_bf16_keeps_the_prms_masters(world, tmp_path):
+    flags = {**RUN, "lr_prm": 1e-6, "save_every": 0, "steps": 1, "prime_labels": "soft", "dtype": "bfloat16"}
+    prime.main(argv(world, tmp_path / "out", **flags))
+    now, start = (AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+                  for path in (tmp_path / "out/rm", world / "policy"))
+    assert {p.dtype for p in now.parameters()} == {torch.float32}
+    moved = torch.cat([(a - b).abs().flatten() for a, b in zip(now.parameters(), start.parameters())])
+    assert moved.max() < 2e-6 and (moved > 0).float().mean() > 0.5
+
+def refused(capsys, words):
+    """As test_runs.refusal: exit code 2 and one line on stderr, which is returned."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        prime.main(words)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+@pytest.mark.parametrize("words, said", [
+    ("--rm_update save", "PRIME expects none"), ("--algo rloo", "grpo"), ("--stage value", "save"),
+    ("--prime_labels loud", "hard"), ("--prime_beta -1", "-1"), ("--nonsense 1", ""), ("--steps 0", "more than 0")])
+def test_what_prime_is_not_is_refused_in_one_line(world, tmp_path, capsys, words, said):
+    line = refused(capsys, argv(world, tmp_path / "out") + words.split())
+    assert words.split()[0] in line and said in line and not (tmp_path / "out").exists(), line
+
+def test_two_ranks_are_refused(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(save, "WORLD", 2)
+    monkeypatch.setattr(save, "start_ranks", lambda device: None)
+    assert "2 ranks" in refused(capsys, argv(world, tmp_path / "out"))
+
+def test_the_prm_starts_as_the_policy_with_its_own_learning_rate_and_clipping(world, tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(prime, "save_stage", lambda run, prompts, heldout: runs.append(run))
+    prime.main(argv(world, tmp_path / "out"))
+    [run] = runs
+    assert not changed(run.prm, weights(run.policy)) and run.prm.model is not run.policy.model
+    settings = [(run.optimizers[name].lr, run.optimizers[name].cfg.max_grad_norm) for name in ("prm", "policy")]
+    assert settings == [(1e-6, 10.0), (1e-5, 1.0)] and set(run.optimizers) == {"prm", "policy"}
+    assert run.cfg.kl_coef == 0 and not run.optimizers["policy"].initial
+
+def test_help_lists_the_flags_of_both(capsys):
+    with pytest.raises(SystemExit):
+        prime.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--lr_prm" in text and "--temperature" in text and "the RM labels, the PRM learns" in text
