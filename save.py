@@ -178,7 +178,8 @@ def parse_config(argv=None, kind=Config):
     """Flags from a dataclass: name and type of each field; its comment is the help text, with choices as a | b."""
     parser = argparse.ArgumentParser(description=kind.__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: fail(message + " (--help lists the flags)")
-    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(kind), re.M))
+    source = "".join(inspect.getsource(part) for part in reversed(kind.__mro__[:-1]))  # a fork may add flags
+    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))
     for field in dataclasses.fields(kind):
         options = {"help": comments[field.name], "default": argparse.SUPPRESS}
         if field.type is bool:
@@ -1577,13 +1578,13 @@ def save_stage(run, prompts, heldout):
     save_models(run)
 
 # ---- 14. main -------------------------------------------------------------------------------------------------------
-def main(argv=None):
+def main(argv=None, kind=Config):
     """Parse, check, load, run. Bad input: one line on stderr and exit code 2, before anything is written."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     before, ASKED_TO_STOP[:] = watch_for_sigterm(), []
     try:
-        cfg = parse_config(argv).checked()
+        cfg = parse_config(argv, kind).checked()
         start_ranks(cfg.device)
         train(cfg)
     except UsageError as error:

@@ -206,7 +206,7 @@ def test_the_policy_learns_first_and_the_pair_is_of_the_rewards_it_saw(run_and_b
 
 
 def test_heldout_pairs_are_in_the_tokens_that_the_policy_would_have_sampled(world, tmp_path):
-    cfg = r2m.parse_config(argv(world, tmp_path / "out")).checked()
+    cfg = save.parse_config(argv(world, tmp_path / "out"), r2m.Config).checked()
     rm, model = save.RewardModel.from_pretrained(cfg.rm), save.Policy.from_pretrained(cfg.policy)
     run = save.Run(cfg, rm, model, save.Log(cfg))
     batch = r2m.sample(run, save.read_prompts(cfg, model.tokenizer)[:16], 8, 1)
@@ -223,7 +223,7 @@ def test_heldout_pairs_are_in_the_tokens_that_the_policy_would_have_sampled(worl
 # ---------------------------------------------------------------- whole runs
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_a_run_writes_both_models_and_the_matrices(world, tmp_path, dtype):
-    out, names = tmp_path / "out", ("learn", "sample", "save_stage", "parse_config", "read_pairs", "score")
+    out, names = tmp_path / "out", ("learn", "sample", "save_stage", "read_pairs", "score")
     r2m.main(argv(world, out, lr_rm=1e-3, dtype=dtype, heldout=[world / "heldout_id.jsonl"]) + ["--r2m_width", "8"])
     assert all(getattr(save, name) is getattr(r2m.plain, name) for name in names) and save.RM_LOSSES["none"] is None
     config, records = rows_of(out / "metrics.jsonl")[0]["config"], metrics(out)

@@ -22,7 +22,6 @@ over a response's tokens and then over responses. Settings that both have are sa
 out/rm is the PRM as a stock causal LM in fp32. It gives rewards only together with the reference, the first --policy.
 """
 import dataclasses
-import inspect
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,8 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import save  # noqa: E402
 
 # what the replacements below go on to call
-parse_config, read_pairs = save.parse_config, save.read_pairs
-save_stage, policy_loss = save.save_stage, save.policy_loss
+read_pairs, save_stage, policy_loss = save.read_pairs, save.save_stage, save.policy_loss
 
 @dataclasses.dataclass
 class PrimeConfig(save.Config):
@@ -145,12 +143,6 @@ def learn(run, batch):
     run.log.put(health=save.health(run))
 
 # ---- the run --------------------------------------------------------------------------------------------------------
-def parse_both(argv):
-    """save.parse_config for both classes: it reads the help texts and choices from the source of one."""
-    source = inspect.getsource(save.Config) + inspect.getsource(PrimeConfig)
-    with mock.patch.object(save.inspect, "getsource", lambda kind: source):
-        return parse_config(argv, PrimeConfig)
-
 def read_policy_pairs(cfg, source, flag, rm_tokenizer):
     """The pairs in the policy's own template and tokens."""
     return read_pairs(cfg, source, flag, save.load_tokenizer(cfg.policy, "policy"))
@@ -189,12 +181,11 @@ def prime_stage(run, prompts, heldout):
 def main(argv=None):
     """save.main with these names of its module replaced until it returns; everything else is save.py's."""
     with mock.patch.multiple(save,
-                             parse_config=parse_both,              # flags: more, other defaults, fewer choices
                              read_pairs=read_policy_pairs,         # --heldout in the policy's tokens, not in the RM's
                              heldout_accuracy=heldout_accuracy,    # by implicit rewards
                              save_stage=prime_stage,               # around the steps: load, resume and save the PRM
                              learn=learn):                         # a step, after its responses were sampled
-        save.main(argv)
+        save.main(argv, PrimeConfig)
 
 if __name__ == "__main__":
     main()

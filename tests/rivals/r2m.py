@@ -10,7 +10,7 @@ After each policy step on these R, one step on W_q, W_k, W_v, W_o and phi:  L = 
 
 Everything else is plain GRPO (--rm_update none): data, flags, logs, checkpoints, evaluation, ranks. `main` lists what
 is replaced. rm/ is the RM with its new phi, and with the four matrices in r2m.safetensors, without which its rewards
-are those at w = 1. --help lists save.py's flags only.
+are those at w = 1.
 
 Known     the formulas above and below; h over prompt and response but the last token; the backbone stays frozen;
           alpha .3, d 2048, lr 1e-6, omega .7 (Qwen2.5-3B; .6 for Llama3-8B). Held-out pairs use the w of their step.
@@ -23,7 +23,6 @@ Guessed   The matrices begin as torch's nn.Linear would: uniform in +-1/sqrt(inp
           new policy's (the paper: from the last of its 2 epochs; the default here is one, which begins with the old
           h). A held-out response is rendered as the policy would have said it: its template, its tokens and its EOS.
 """
-import argparse
 import dataclasses
 import math
 import sys
@@ -118,7 +117,9 @@ class R2M(save.RewardModel):
 # ---- what takes the place of save.py's functions of the same names
 @dataclasses.dataclass
 class Config(save.Config):
-    """save.py's flags and three more."""
+    """R2M: save.py's flags, two of them with other defaults, and three more."""
+    rm_update: str = "none"          # only none: R2M is what updates the reward model
+    lr_rm: float = 1e-6              # the matrices and the scoring head (R2M's own)
     r2m_alpha: float = 0.3           # weight of L_GRE
     r2m_omega: float = 0.7           # smallest w(t)
     r2m_width: int = 2048            # d
@@ -130,15 +131,6 @@ class Config(save.Config):
         if not (0 <= self.r2m_alpha <= 1 and 0 <= self.r2m_omega <= 1 and self.r2m_width > 0):
             save.fail("--r2m_alpha, --r2m_omega, --r2m_width: expected 0 to 1, 0 to 1 and more than 0")
         return super().checked()
-
-def parse_config(argv=None):
-    """save.py's flags, with R2M's learning rate as the default of --lr_rm, and three more."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = save.fail
-    for field in dataclasses.fields(Config)[len(dataclasses.fields(save.Config)):]:
-        parser.add_argument("--" + field.name, type=field.type, default=field.default)
-    own, rest = parser.parse_known_args(argv)
-    return Config(**vars(plain.parse_config(["--rm_update", "none", "--lr_rm", "1e-6", *rest])), **vars(own))
 
 def sample(run, *args):
     """The reward model's rows become (ids, (prompt_length, policy's ids)): equal texts may differ in tokens and h."""
@@ -188,13 +180,12 @@ def main(argv=None):
     """save.py's main with these replacements, for as long as it runs."""
     with mock.patch.dict(save.RM_LOSSES), mock.patch.multiple(
             save,
-            parse_config=parse_config,  # three flags more, refuses what makes no sense here
             read_pairs=read_pairs,      # held-out pairs in the policy's tokens too
             sample=sample,              # responses: keep the policy's tokens with the reward model's
             model_inputs=model_inputs,  # so that both reach R2M.features
             learn=learn,                # a step of the reward model after that of the policy
             save_stage=save_stage):     # R2M in place of the RM, its optimizer and its loss
-        save.main(argv)
+        save.main(argv, Config)
 
 if __name__ == "__main__":
     main()
