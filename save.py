@@ -271,7 +271,8 @@ def total(*numbers):
     """Each number summed over the ranks, as floats."""
     if WORLD == 1:
         return [float(n) for n in numbers]
-    sums = torch.tensor([float(n) for n in numbers], device="cpu" if dist.get_backend() == "gloo" else "cuda")
+    sums = torch.tensor([float(n) for n in numbers], dtype=torch.float64,  # reinforce++ subtracts a square from squares
+                        device="cpu" if dist.get_backend() == "gloo" else "cuda")
     dist.all_reduce(sums)
     return sums.tolist()
 
