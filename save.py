@@ -295,15 +295,22 @@ def accumulate(model, batches, micro_loss):
 # ---- 4. text and data -----------------------------------------------------------------------------------------------
 DATE = "26 Jul 2024"  # Llama-3.2's template prints today's date unless told otherwise: scores would change overnight
 
-def encode_chat(tokenizer, messages, generation_prompt=False):
-    """Messages -> token ids, with exactly one BOS where the tokenizer wants one. All chat templating is done here."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt,
-                                         date_string=DATE)
-    text = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be tokenized
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+def encode_chats(tokenizer, chats, generation_prompt=False):
+    """Lists of messages -> lists of token ids, with exactly one BOS where the tokenizer wants one.
+
+    All chat templating is done here.
+    """
+    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=generation_prompt,
+                                          date_string=DATE)
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]  # lone surrogates cannot be tokenized
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     wants_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
-    return [bos] + ids if wants_bos and ids[:1] != [bos] else ids
+    return [[bos] + ids if wants_bos and ids[:1] != [bos] else ids for ids in rows]
+
+def encode_chat(tokenizer, messages, generation_prompt=False):
+    """One chat -> token ids."""
+    return encode_chats(tokenizer, [messages], generation_prompt)[0]
 
 def encode_responses(tokenizer, messages, responses):
     """One prompt, many response texts -> [(ids, prompt_length)] in the reward model's own template.
@@ -311,8 +318,8 @@ def encode_responses(tokenizer, messages, responses):
     V is read at the last token of the prompt rendered without generation prompt, which must be a token prefix of the
     whole: true for the Llama-3, Qwen and ChatML templates, checked here for every other.
     """
-    prompt = encode_chat(tokenizer, messages)
-    rows = [encode_chat(tokenizer, messages + [{"role": "assistant", "content": text}]) for text in responses]
+    answered = [messages + [{"role": "assistant", "content": text}] for text in responses]
+    prompt, *rows = encode_chats(tokenizer, [messages, *answered])
     if any(row[:len(prompt)] != prompt or len(row) == len(prompt) for row in rows):
         fail("--rm: its chat template does not render the prompt as a token prefix of prompt and response, so one "
              "causal pass cannot give both R and V")

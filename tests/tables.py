@@ -6,49 +6,52 @@
     python tests/tables.py sweeps --out runs/tables                  # group size, m0, learning rates
     python tests/tables.py table1 --out runs/tables --worlds noisy --seeds 10 11 --jobs 2
 
-Each world and seed is built once; its value head is fitted once and shared by all rows. A run that is there is not run
-again. Results: runs/tables/TABLE.json (every number) and TABLE.md (mean, standard error over seeds, paired difference
-to the initial RM, seeds that improved). Seeds 0 to 2 were looked at when the world was made: the default seeds are not.
+Each world and seed is built once; its value head is fitted once and shared by all rows; a row that is in several tables
+is run once. results.json holds every number of all tables so far, results.md each table's mean and standard error over
+seeds, the paired difference to the initial RM and the seeds that improved, and the paired difference of the policy's
+gold reward to GRPO with the frozen RM. Seeds 0 to 2 were looked at when the world was made: the default seeds are not.
 """
 import argparse
 import concurrent.futures
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import toy
 from tqdm import tqdm
 
+import save
+
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = [10, 11, 12, 13, 14, 15]
-ROWS = {
+FROZEN = {"GRPO, frozen RM": ["--rm_update", "none"]}  # the first row of each table: its RM is the initial one
+ROWS = {  # of run_row: {save} is the reward model that the row SAVE made, {others} the world's two more on the same pairs
     "table1": {
-        "GRPO, frozen RM": ["--rm_update", "none"],
-        "continual offline": ["--rm_update", "offline", "--freeze_policy"],
-        "HL-BT": ["--rm_update", "hl_bt"],
-        "Mean Reward": ["--rm_update", "mean_reward"],
-        "SAVE": [],
-        "SAVE w/o curriculum": ["--no_curriculum"],
+        **FROZEN, "continual offline": ["--rm_update", "offline"], "HL-BT": ["--rm_update", "hl_bt"],
+        "Mean Reward": ["--rm_update", "mean_reward"], "SAVE": [], "SAVE w/o curriculum": ["--no_curriculum"],
         "SAVE w/o policy optimisation": ["--freeze_policy"],
+        "GRPO, frozen RM of SAVE": ["--rm_update", "none", "--rm", "{save}"],
         "balanced loss": ["--rm_update", "balanced"],
-        # `run_row` adds the paths
-        "balanced, ensemble labels": ["--rm_update", "balanced", "--lr_rm", "3e-5", "--label_rms"],
-        "the same, policy frozen": ["--rm_update", "balanced", "--lr_rm", "3e-5", "--freeze_policy", "--label_rms"],
+        "balanced, ensemble labels": ["--rm_update", "balanced", "--lr_rm", "3e-5", "--label_rms", "{others}"],
+        "the same, policy frozen":
+            ["--rm_update", "balanced", "--lr_rm", "3e-5", "--freeze_policy", "--label_rms", "{others}"],
+        "the ensemble itself": ["ensemble", "{others}"],
     },
     "table2": {
-        "SAVE with GRPO": [], "SAVE with RLOO": ["--algo", "rloo"],
+        **FROZEN, "SAVE with GRPO": [], "SAVE with RLOO": ["--algo", "rloo"],
         "SAVE with GSPO": ["--algo", "gspo", "--num_minibatches", "4"],
         "SAVE with REINFORCE++": ["--algo", "reinforce++"],
     },
     "table3": {  # other methods that update the reward model, as forks of save.py
-        "GRPO, frozen RM": ["--rm_update", "none"], "SAVE": [],
-        "R2M": ["tests/rivals/r2m.py"], "PRIME": ["tests/rivals/prime.py", "--lr_prm", "1e-5"],
+        **FROZEN, "SAVE": [], "R2M": ["tests/rivals/r2m.py"], "PRIME": ["tests/rivals/prime.py", "--lr_prm", "1e-5"],
     },
     "sweeps": {
-        "SAVE": [], **{f"G = {g}": ["--group", str(g)] for g in (4, 16)},
+        **FROZEN, "SAVE": [], **{f"G = {g}": ["--group", str(g)] for g in (4, 16)},
         **{f"m0 = {m0}": ["--m0", m0] for m0 in ("0.3", "0.7")},
         **{f"RM learning rate x {x}": ["--lr_rm", rate] for x, rate in (("1/3", "3.3e-6"), ("3", "3e-5"))},
         **{f"value head learning rate x {x}": ["--lr_value", rate] for x, rate in (("1/5", "2e-4"), ("3", "3e-3"))},
@@ -56,6 +59,8 @@ ROWS = {
         "HL-BT, RM learning rate x 3": ["--rm_update", "hl_bt", "--lr_rm", "3e-5"],
     },
 }
+DIAGNOSTICS = ("reward_spread", "value_bias", "kept", "valid")  # of metrics.jsonl, kept for the figures
+BLOCK = 10  # steps that a point of a diagnostic is the mean of
 
 
 def call(script, *words):
@@ -74,26 +79,85 @@ def anchored(data, rm, out, args, seed):
     return out / "rm"
 
 
-def run_row(data, out, flags, args, seed):
-    """One row on one world and seed -> {"init", "after", "gold"}, kept in out/result.json."""
+def slug(flags):
+    """A folder name for the flags of a row: the same flags, the same folder."""
+    return "_".join(re.sub(r"[^\w.+-]", "", flag.removeprefix("--")) for flag in flags) or "save"
+
+
+def run_row(data, flags, args, seed):
+    """One row on one world and seed, kept in rows/SLUG/result.json.
+
+    -> {"init", "after": accuracy by held-out set, "gold": the policy's by way of sampling, all in percent;
+        "curves": {"accuracy": {step: mean over the sets}, diagnostic: [mean of each BLOCK steps]}}
+    """
+    out = data / "rows" / slug(flags)
     if (out / "result.json").is_file():
         return json.loads((out / "result.json").read_text())
-    rm = anchored(data, data / "rm", data / "value", args, seed)
-    if flags[-1:] == ["--label_rms"]:
-        flags = [*flags, *(anchored(data, data / f"rm_{k}", data / f"value_{k}", args, seed) for k in (1, 2))]
-    script, flags = (flags[0], flags[1:]) if flags[:1] and flags[0].endswith(".py") else ("save.py", flags)
-    call(script, "--stage", "save", "--rm", rm, "--policy", data / "policy", "--prompts", data / "prompts.jsonl",
-         "--pairs", data / "pairs.jsonl", "--heldout", *sorted(data.glob("heldout_*.jsonl")), "--out", out, "--seed",
-         seed, "--resume", *toy.LAPTOP_FLAGS, *flags, *args.flags)
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    accuracy = [{key.removeprefix("accuracy_heldout_"): x for key, x in row.items() if key.startswith("accuracy_")}
-                for row in records]
-    accuracy = [row for row in accuracy if row]
+    rm, heldout = anchored(data, data / "rm", data / "value", args, seed), sorted(data.glob("heldout_*.jsonl"))
+    others = [data / f"rm_{k}" for k in (1, 2)]
+    if flags[0:1] == ["ensemble"]:
+        result = ensemble([data / "rm", *others], heldout)
+    else:
+        if "{others}" in flags:
+            others = [anchored(data, path, data / path.name.replace("rm", "value"), args, seed) for path in others]
+        script = flags[0] if flags[:1] and flags[0].endswith(".py") else "save.py"
+        words = [word for flag in flags if flag != script for word in
+                 (others if flag == "{others}" else [data / "rows" / "save" / "rm"] if flag == "{save}" else [flag])]
+        call(script, "--stage", "save", "--rm", rm, "--policy", data / "policy", "--prompts", data / "prompts.jsonl",
+             "--pairs", data / "pairs.jsonl", "--heldout", *heldout, "--out", out, "--seed", seed, "--resume",
+             "--eval_every", 20, *toy.LAPTOP_FLAGS, *words, *args.flags)
+        result = read_run(out)
     policy = out / "policy" if (out / "policy").is_dir() else data / "policy"
     gold = toy.gold_reward(policy, toy.read_prompts(data / "prompts_test.jsonl"))
-    result = {"init": accuracy[0], "after": accuracy[-1], "gold": {name: 100 * x for name, x in gold.items()}}
+    result["gold"] = {name: 100 * x for name, x in gold.items()}
+    out.mkdir(parents=True, exist_ok=True)
     (out / "result.json").write_text(json.dumps(result))
     return result
+
+
+def read_run(out):
+    """Accuracies and diagnostics from the logs of a run."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    accuracy = {row["step"]: {key.removeprefix("accuracy_heldout_"): x for key, x in row.items()
+                              if key.startswith("accuracy_")} for row in records if "step" in row}
+    accuracy = {step: row for step, row in accuracy.items() if row}
+    steps = [row for row in records if row.get("step")]
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()] \
+        if (out / "samples.jsonl").is_file() else []
+    right = {"+": lambda row: true_reward(row) == 1, "-": lambda row: true_reward(row) == 0}
+    series = {name: [(row["step"], row[name]) for row in steps if name in row] for name in DIAGNOSTICS}
+    for name, side in (("positive_purity", "+"), ("negative_purity", "-")):
+        series[name] = [(row["step"], right[side](row)) for row in samples if row["side"] == side]
+    return {"init": accuracy[0], "after": accuracy[max(accuracy)],
+            "curves": {"accuracy": {step: round(statistics.mean(row.values()), 3) for step, row in accuracy.items()},
+                       **{name: blocks(points) for name, points in series.items()}}}
+
+
+def true_reward(row):
+    """Gold of a row of samples.jsonl."""
+    return toy.gold(row["prompt"][-1]["content"], row["response"])
+
+
+def blocks(points):
+    """[(step, number)] -> the mean of each BLOCK steps; none for a block without any."""
+    by_block = {}
+    for step, x in points:
+        by_block.setdefault((step - 1) // BLOCK, []).append(float(x))
+    return [round(statistics.mean(by_block[i]), 4) if i in by_block else None for i in range(max(by_block, default=-1) + 1)]
+
+
+def ensemble(paths, heldout):
+    """The mean reward of several reward models as a reward model."""
+    models = [save.RewardModel.from_pretrained(str(path)) for path in paths]
+    accuracy = []
+    for rms in (models[:1], models):
+        accuracy.append({})
+        for file in heldout:
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            chosen, rejected = (sum(toy.rm_scores(rm, [row["prompt"] for row in rows], [row[side] for row in rows])
+                                    for rm in rms) for side in ("chosen", "rejected"))
+            accuracy[-1][file.stem.removeprefix("heldout_")] = 100 * (chosen > rejected).double().mean().item()
+    return {"init": accuracy[0], "after": accuracy[1], "curves": {}}
 
 
 def build(data, world, seed):
@@ -110,8 +174,7 @@ def one_seed(args, world, seed, bar):
     data, results = Path(args.out, f"{world}-{seed}"), {}
     build(data, world, seed)
     for name, flags in ROWS[args.table].items():
-        folder = data / "rows" / "_".join([args.table, *name.split()]).replace("/", ":")
-        results[name] = run_row(data, folder, flags, args, seed)
+        results[name] = run_row(data, flags, args, seed)
         bar.update()
     return results
 
@@ -123,24 +186,23 @@ def mean_and_error(values):
 
 
 def table(rows, world):
-    """Markdown lines of one world. rows: {method: [result of each seed]}."""
+    """Markdown lines of one world. rows: {method: [result of each seed]}; the first method's RM is the initial one."""
     first = next(iter(rows.values()))
-    sets, golds, seeds = sorted(first[0]["init"]), sorted(first[0]["gold"]), first
-    lines = [f"| {world}, {len(seeds)} seeds, % | {' | '.join(sets)} | mean | minus initial | better | "
-             f"{' | '.join('gold, ' + name for name in golds)} |", "|---" * (4 + len(sets) + len(golds)) + "|"]
-
-    def add(name, runs, key):
-        means = [statistics.mean(run[key].values()) for run in runs]
-        gains = [after - statistics.mean(run["init"].values()) for after, run in zip(means, runs)]
-        cells = [mean_and_error([run[key][s] for run in runs]) for s in sets] + [mean_and_error(means)]
-        better = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
-        cells += [mean_and_error(gains), better] if key == "after" else ["", ""]
-        cells += [mean_and_error([run["gold"][g] for run in runs]) if key == "after" else "" for g in golds]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-
-    add("initial RM", first, "init")
+    sets = sorted(first[0]["init"])
+    initial = [statistics.mean(run["init"].values()) for run in first]
+    lines = [f"| {world}, {len(first)} seeds, % | {' | '.join(sets)} | mean | minus initial | better | gold | "
+             "minus frozen RM | gold, greedy |", "|---" * (len(sets) + 7) + "|",
+             f"| initial RM | {' | '.join(mean_and_error([run['init'][s] for run in first]) for s in sets)} | "
+             f"{mean_and_error(initial)} | | | | | |"]
     for name, runs in rows.items():
-        add(name, runs, "after")
+        gains = [statistics.mean(run["after"].values()) - before for run, before in zip(runs, initial)]
+        golds = [run["gold"]["sampled"] - frozen["gold"]["sampled"] for run, frozen in zip(runs, first)]
+        cells = [mean_and_error([run["after"][s] for run in runs]) for s in sets]
+        cells += [mean_and_error([statistics.mean(run["after"].values()) for run in runs]), mean_and_error(gains),
+                  f"{sum(gain > 0 for gain in gains)} of {len(gains)}"]
+        cells += [mean_and_error([run["gold"]["sampled"] for run in runs]), mean_and_error(golds),
+                  mean_and_error([run["gold"]["greedy"] for run in runs])]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
@@ -153,18 +215,32 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args, args.flags = parser.parse_known_args()  # the rest goes to save.py
+    torch.set_num_threads(1)
     worlds = args.worlds or (toy.WORLDS if args.table == "table1" else toy.WORLDS[:1])
     todo = [(world, seed) for seed in args.seeds for world in worlds]
     with tqdm(total=len(todo) * len(ROWS[args.table]), desc=args.table, smoothing=0) as bar, \
             concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         futures = [pool.submit(one_seed, args, world, seed, bar) for world, seed in todo]
         results = {key: future.result() for key, future in zip(todo, futures)}
-    by_world = {world: {name: [results[world, seed][name] for seed in args.seeds] for name in ROWS[args.table]}
-                for world in worlds}
-    lines = [line for world in worlds for line in [*table(by_world[world], world), ""]]
-    out = Path(args.out)
-    (out / f"{args.table}.json").write_text(json.dumps({"seeds": args.seeds, "worlds": by_world}, indent=1) + "\n")
-    (out / f"{args.table}.md").write_text("\n".join(lines))
+    write(Path(args.out), args.table, {
+        world: {"seeds": args.seeds, "flags": args.flags,
+                "rows": {name: [results[world, seed][name] for seed in args.seeds] for name in ROWS[args.table]}}
+        for world in worlds})
+
+
+def write(out, name, worlds):
+    """Put one table's worlds into results.json beside what is there, and all of it into results.md."""
+    file = out / "results.json"
+    tables = json.loads(file.read_text()) if file.is_file() else {}
+    tables.setdefault(name, {}).update(worlds)
+    save.write_json(out / ".results.json", tables)
+    os.replace(out / ".results.json", file)
+    lines = []
+    for name in sorted(tables, key=list(ROWS).index):
+        lines += [f"## {name}", ""]
+        for world, result in tables[name].items():
+            lines += [*table(result["rows"], world), ""]
+    (out / "results.md").write_text("\n".join(lines))
     print("\n".join(lines))
 
 
