@@ -127,6 +127,7 @@ class Config:
     checkpointing: bool = None       # recompute activations in the backward pass; none: on a GPU
     micro_tokens: int = None         # padded tokens per micro-batch; none: 8192 on a GPU, 2048 on a CPU
     max_rows: int = 0                # rows decoded together; 0: all of the rank's
+    emulate_world: int = 0           # measure one rank of so many in one process: its share of prompts and states only
     seed: int = 0                    # randomness is a function of (seed, purpose, step, row)
     # logs and checkpoints
     save_every: int = 40             # steps between checkpoints; 0: none
@@ -157,8 +158,11 @@ class Config:
                 fail(f"--{name} {value}: expected a finite number, 0 or more")
             if name in positive and value == 0 or name in ("top_p", "m0") and value > 1:
                 fail(f"--{name} {value}: expected {'more than 0' if value == 0 else 'at most 1'}")
-        if self.batch % WORLD or self.batch // WORLD % self.num_minibatches:
-            fail(f"--batch {self.batch}: expected a multiple of ranks ({WORLD}) x --num_minibatches "
+        ranks = self.emulate_world or WORLD
+        if self.emulate_world and WORLD > 1:
+            fail(f"--emulate_world {self.emulate_world}: expected one process, not {WORLD} ranks")
+        if self.batch % ranks or self.batch // ranks % self.num_minibatches:
+            fail(f"--batch {self.batch}: expected a multiple of ranks ({ranks}) x --num_minibatches "
                  f"({self.num_minibatches})")
         if self.group < 2 and self.stage in ("", "save"):
             fail(f"--group {self.group}: expected 2 or more, a group is compared with itself")
@@ -169,10 +173,11 @@ class Config:
         used = {"device": f"cuda:{LOCAL_RANK}" if gpu else "cpu", "dtype": "bfloat16" if gpu else "float32",
                 "checkpointing": gpu, "micro_tokens": 8192 if gpu else 2048, "clip_low": low, "clip_high": high,
                 "lr_rm": 1e-5 if self.stage == "preference" else 1e-7}
+        emulated = {"batch": self.batch // self.emulate_world, "save_every": 0} if self.emulate_world else {}
         if self.stage != "preference":
             used["steps"] = 320
         unset = {name: value for name, value in used.items() if getattr(self, name) in (None, "auto", "cuda")}
-        return dataclasses.replace(self, **unset)
+        return dataclasses.replace(self, **unset, **emulated)
 
 def parse_config(argv=None, kind=Config):
     """Flags from a dataclass: name and type of each field; its comment is the help text, with choices as a | b."""
@@ -893,7 +898,7 @@ class ShardedAdamW:
     def __init__(self, model, lr, cfg, keep_initial=False):
         self.cfg, self.lr, self.device = cfg, lr, "cpu" if cfg.offload else cfg.device
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        load = [0] * WORLD
+        load = [0] * (cfg.emulate_world or WORLD)
         self.owner = {}
         for name, p in sorted(self.named, key=lambda item: -item[1].numel()):  # largest first, to the emptiest rank
             self.owner[name] = load.index(min(load))
@@ -949,12 +954,12 @@ class ShardedAdamW:
         return state
 
     def state_dict(self):
-        """This rank's masters and moments as flat names, ready for safetensors."""
+        """This rank's masters and moments under flat names."""
         state = {}
         for name, master in self.masters.items():
             state[f"master.{name}"] = master.detach()
             state.update({f"{key}.{name}": x for key, x in self.adamw.state[master].items()})
-        return {name: x.cpu().contiguous() for name, x in state.items()}
+        return state
 
     def load(self, kind, name, read):
         """Take one tensor of a state_dict if it belongs to this rank; read() gives it."""
@@ -1249,7 +1254,7 @@ def sha256_line(path):
         return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
 
 def save_checkpoint(run, step):
-    """checkpoints/step_000123: a safetensors file per rank, state.json, SHA256SUMS, then the rename that counts.
+    """checkpoints/step_000123: safetensors files of each rank, state.json, SHA256SUMS, then the rename that counts.
 
     A full disk costs this checkpoint; the run and the older checkpoints stay.
     """
@@ -1264,11 +1269,12 @@ def save_checkpoint(run, step):
     def write_share():
         state = {f"{name}.{key}": x for name, optimizer in run.optimizers.items()
                  for key, x in optimizer.state_dict().items()}
-        file = temporary / f"rank_{RANK:05d}.safetensors"
-        safetensors.torch.save_file(state, file)
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-        (temporary / f"{file.name}.sha256").write_text(sha256_line(file))
+        for i, part in enumerate(in_host_memory(state)):
+            file = temporary / f"rank_{RANK:05d}_{i:03d}.safetensors"
+            safetensors.torch.save_file(part, file)
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+            (temporary / f"{file.name}.sha256").write_text(sha256_line(file))
 
     def complete():
         if RANK == 0:
@@ -1287,6 +1293,17 @@ def save_checkpoint(run, step):
         shutil.rmtree(temporary, ignore_errors=True)
         kept = [str(path) for path in checkpoints(run.cfg.out)[-1:]]
         say(f"  the checkpoint of step {step} could not be written; the newest is {kept[0] if kept else 'none'}")
+
+def in_host_memory(state, limit=2 ** 30):
+    """{name: tensor} in parts of about `limit` bytes: the states of all ranks at once would need 87 GB of the host."""
+    part = {}
+    for name, x in state.items():
+        part[name] = x.cpu().contiguous()
+        if sum(y.nbytes for y in part.values()) >= limit:
+            yield part
+            part = {}
+    if part:
+        yield part
 
 def damaged(path):
     """Names of the files of a checkpoint that are not as they were written; the ranks share the reading."""
@@ -1340,6 +1357,8 @@ def write_json(path, value):
 def save_models(run):
     """rm/ in fp32 from the masters, policy/ in the working precision, both stock Hugging Face folders."""
     out = Path(run.cfg.out)
+    if run.cfg.emulate_world:
+        return say("--emulate_world: one rank's share was trained, so no model is written")
     if "rm" in run.optimizers or "value" in run.optimizers:
         masters = run.optimizers["rm"].full_state() if "rm" in run.optimizers else None
         if RANK == 0:
@@ -1579,8 +1598,56 @@ def learn(run, batch):
         policy_step(run, batch, positive | negative, valid)
     log.put(health=health(run))
 
+TO_SAVE_MEMORY = ("lower --micro_tokens (scores, log-probs and updates), --max_rows (rollout) or --max_new_tokens, or "
+                  "set --offload")
+
+def rehearse(run):
+    """Put the longest batch that can come through every phase and throw it away: too little memory shows now.
+
+    Gradients and the cache are as large as they can get, moments that do not exist yet are stood in for. Nothing is
+    exchanged in here, so that no rank waits for one that fails.
+    """
+    cfg, rows, error = run.cfg, run.cfg.batch // WORLD * run.cfg.group, None
+    wave = max(cfg.group, min(rows, cfg.max_rows or rows) // cfg.group * cfg.group)
+    width = cfg.max_prompt_tokens + cfg.max_new_tokens
+    longest = [([1] * width, cfg.max_prompt_tokens)] * rows
+    part = model_inputs([longest[row] for row in micro_batches(range(rows), longest, cfg.micro_tokens)[0]], cfg.device)
+    try:
+        phase = "the optimizers' states"
+        moments = [torch.empty_like(master) for optimizer in run.optimizers.values()  # noqa: F841, held until the end
+                   for master in optimizer.masters.values() if master not in optimizer.adamw.state for _ in range(2)]
+        phase = "the rollout"
+        longest_cache(run.policy.model, wave, cfg.group, cfg.max_prompt_tokens, width)
+        for name, model, rest in (("rm", run.rm, ()), ("policy", run.policy, (cfg.temperature,))):
+            phase = f"the update of --{name}"
+            if name in run.optimizers:
+                model.train()
+                model(*part, *rest)[0].sum().backward()
+                model.zero_grad()
+                model.eval()
+    except torch.OutOfMemoryError as trouble:
+        error = f"{phase} ({first_line(trouble)})"
+    if total(error is not None)[0]:
+        fail(f"too little GPU memory for {error or 'another rank'}; the longest batch has {rows} rows of {width} tokens "
+             f"on each rank: {TO_SAVE_MEMORY}")
+
+@torch.no_grad()
+def longest_cache(model, rows, group, prompt, width):
+    """Prefill, then the last decoding step: the cache is as long as it gets in `decode`."""
+    device, cache = model.device, DynamicCache(config=model.config)
+    ids = torch.ones(rows // group, prompt, dtype=torch.long, device=device)
+    model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    cache.batch_repeat_interleave(group)
+    for layer in cache.layers:
+        layer.keys, layer.values = (x.new_zeros(*x.shape[:2], width - 2, x.shape[3])
+                                    for x in (layer.keys, layer.values))
+    model(input_ids=ids[:1, :1].expand(rows, 1), past_key_values=cache, logits_to_keep=1,
+          attention_mask=torch.ones(rows, width - 1, dtype=torch.long, device=device))
+
 def save_stage(run, prompts, heldout):
     """Algorithm 2: the reward model and the policy train each other for T steps."""
+    if run.cfg.on_gpu:
+        rehearse(run)
     for step in each_step(run, heldout, "save"):
         save_step(run, step, draw(prompts, run.cfg.seed, "prompts", (step - 1) * run.cfg.batch, run.cfg.batch))
     save_models(run)
@@ -1599,6 +1666,10 @@ def main(argv=None, kind=Config):
         if RANK == 0:
             print(f"save.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"save.py: error: rank {RANK} ran out of GPU memory: {TO_SAVE_MEMORY} ({first_line(error)})",
+              file=sys.stderr)
+        os._exit(1)  # other ranks may wait for this one: torchrun ends them
     except (FloatingPointError, SafetensorError, OSError) as error:  # bad values; a disk that is full or gone
         print(f"save.py: error: {error}; checkpoints are as they were", file=sys.stderr)
         sys.exit(1)
@@ -1632,12 +1703,12 @@ def train(cfg):
     if preference and cfg.steps is None:
         cfg = dataclasses.replace(cfg, steps=max(1, len(pairs) * cfg.epochs // cfg.batch))
     found = checkpoint_to_resume(cfg)
-    rm = one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm, preference, cfg.seed))
+    rm = one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm, preference, cfg.seed).to(cfg.device))
     run = Run(cfg, rm, checkpoint=found, pairs=pairs)
     if saving and anchored and not run.rm.has_value_head and (cfg.stage == "save" or cfg.label_rms):
         fail(f"--rm {cfg.rm}: it holds no value_head.safetensors; run --stage value first, or leave --stage out")
     for path in [cfg.rm, *cfg.label_rms] if saving and cfg.label_rms else []:
-        run.labels.append(to_working_copy(one_rank_at_a_time(lambda: RewardModel.from_pretrained(path)), cfg))
+        run.labels.append(one_rank_at_a_time(lambda: to_working_copy(RewardModel.from_pretrained(path), cfg)))
         if not run.labels[-1].has_value_head:
             fail(f"--label_rms {path}: it holds no value_head.safetensors; run --stage value with --rm {path} first")
     # masters before working copies: they are taken in the checkpoint's precision, before it is rounded to --dtype
@@ -1645,7 +1716,7 @@ def train(cfg):
         run.optimizers["rm"] = ShardedAdamW(run.rm.model, cfg.lr_rm, cfg)
     to_working_copy(run.rm, cfg)
     if not preference:
-        run.policy = one_rank_at_a_time(lambda: Policy.from_pretrained(cfg.policy))
+        run.policy = one_rank_at_a_time(lambda: Policy.from_pretrained(cfg.policy).to(cfg.device))
         check_context(cfg, run)
         if saving and not cfg.freeze_policy:
             run.optimizers["policy"] = ShardedAdamW(run.policy.model, cfg.lr_policy, cfg, keep_initial=cfg.kl_coef > 0)

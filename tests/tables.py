@@ -19,10 +19,12 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import torch
 import toy
+import transformers
 from tqdm import tqdm
 
 import save
@@ -30,7 +32,7 @@ import save
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = [10, 11, 12, 13, 14, 15]
 FROZEN = {"GRPO, frozen RM": ["--rm_update", "none"]}  # the first row of each table: its RM is the initial one
-ROWS = {  # of run_row: {save} is the reward model that the row SAVE made, {others} the world's two more on the same pairs
+ROWS = {  # {save}: the reward model that the row SAVE made; {others}: the two more that the world has on the same pairs
     "table1": {
         **FROZEN, "continual offline": ["--rm_update", "offline"], "HL-BT": ["--rm_update", "hl_bt"],
         "Mean Reward": ["--rm_update", "mean_reward"], "SAVE": [], "SAVE w/o curriculum": ["--no_curriculum"],
@@ -60,6 +62,7 @@ ROWS = {  # of run_row: {save} is the reward model that the row SAVE made, {othe
     },
 }
 DIAGNOSTICS = ("reward_spread", "value_bias", "kept", "valid")  # of metrics.jsonl, kept for the figures
+LOADING = threading.Lock()  # transformers cannot load models in two threads at once
 BLOCK = 10  # steps that a point of a diagnostic is the mean of
 
 
@@ -96,7 +99,8 @@ def run_row(data, flags, args, seed):
     rm, heldout = anchored(data, data / "rm", data / "value", args, seed), sorted(data.glob("heldout_*.jsonl"))
     others = [data / f"rm_{k}" for k in (1, 2)]
     if flags[0:1] == ["ensemble"]:
-        result = ensemble([data / "rm", *others], heldout)
+        with LOADING:
+            result = ensemble([data / "rm", *others], heldout)
     else:
         if "{others}" in flags:
             others = [anchored(data, path, data / path.name.replace("rm", "value"), args, seed) for path in others]
@@ -108,7 +112,8 @@ def run_row(data, flags, args, seed):
              "--eval_every", 20, *toy.LAPTOP_FLAGS, *words, *args.flags)
         result = read_run(out)
     policy = out / "policy" if (out / "policy").is_dir() else data / "policy"
-    gold = toy.gold_reward(policy, toy.read_prompts(data / "prompts_test.jsonl"))
+    with LOADING:
+        gold = toy.gold_reward(policy, toy.read_prompts(data / "prompts_test.jsonl"))
     result["gold"] = {name: 100 * x for name, x in gold.items()}
     out.mkdir(parents=True, exist_ok=True)
     (out / "result.json").write_text(json.dumps(result))
@@ -143,7 +148,8 @@ def blocks(points):
     by_block = {}
     for step, x in points:
         by_block.setdefault((step - 1) // BLOCK, []).append(float(x))
-    return [round(statistics.mean(by_block[i]), 4) if i in by_block else None for i in range(max(by_block, default=-1) + 1)]
+    return [round(statistics.mean(by_block[i]), 4) if i in by_block else None
+            for i in range(max(by_block, default=-1) + 1)]
 
 
 def ensemble(paths, heldout):
@@ -216,11 +222,19 @@ def main():
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args, args.flags = parser.parse_known_args()  # the rest goes to save.py
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     worlds = args.worlds or (toy.WORLDS if args.table == "table1" else toy.WORLDS[:1])
     todo = [(world, seed) for seed in args.seeds for world in worlds]
     with tqdm(total=len(todo) * len(ROWS[args.table]), desc=args.table, smoothing=0) as bar, \
             concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         futures = [pool.submit(one_seed, args, world, seed, bar) for world, seed in todo]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+        except Exception:
+            pool.shutdown(cancel_futures=True)  # what is done is kept for the next call
+            raise
         results = {key: future.result() for key, future in zip(todo, futures)}
     write(Path(args.out), args.table, {
         world: {"seeds": args.seeds, "flags": args.flags,

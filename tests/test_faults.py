@@ -142,9 +142,9 @@ def flip_a_bit(path):
 def cut(path):
     path.write_bytes(path.read_bytes()[:-7])
 
-@pytest.mark.parametrize("file, harm", [("rank_00000.safetensors", flip_a_bit), ("rank_00000.safetensors", cut),
+@pytest.mark.parametrize("file, harm", [("rank_00000_000.safetensors", flip_a_bit), ("rank_00000_000.safetensors", cut),
                                         ("state.json", flip_a_bit), ("state.json", cut), ("SHA256SUMS", cut),
-                                        ("SHA256SUMS", flip_a_bit), ("rank_00000.safetensors", Path.unlink)])
+                                        ("SHA256SUMS", flip_a_bit), ("rank_00000_000.safetensors", Path.unlink)])
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(world, straight, tmp_path, monkeypatch, capsys,
                                                                     file, harm):
     out = tmp_path / "out"
@@ -160,7 +160,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(world, strai
 def test_when_all_checkpoints_are_damaged_nothing_is_started(world, straight, tmp_path, capsys):
     out = tmp_path / "out"
     save.main(words(world, out, steps=2))
-    flip_a_bit(out / "checkpoints/step_000002/rank_00000.safetensors")
+    flip_a_bit(out / "checkpoints/step_000002/rank_00000_000.safetensors")
     before = (out / "metrics.jsonl").read_bytes()
     assert "all 1 checkpoints" in refusal(capsys, words(world, out)) and (out / "metrics.jsonl").read_bytes() == before
 

@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from hashlib import sha256
@@ -96,9 +97,26 @@ def together(world, tmp_path_factory):
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_ranks_are_one_process(world, alone, together, name):
-    a, b = alone / name, together / name
+@pytest.fixture(scope="module")
+def two_nodes(world, tmp_path_factory):
+    """One case on two torchrun groups of one rank each, as on two machines."""
+    out = tmp_path_factory.mktemp("two_nodes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [subprocess.Popen([
+        Path(sys.executable).with_name("torchrun"), "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1",
+        "--master-addr", "127.0.0.1", "--master-port", str(port), __file__, json.dumps([case(world, out, "rloo")])],
+        text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(Path(save.__file__).parent)}) for node in (0, 1)]
+    for node in nodes:
+        errors = node.communicate(timeout=300)[1]
+        assert node.returncode == 0, errors[-3000:]
+    return out
+
+@pytest.mark.parametrize("name, how", [*((name, "together") for name in CASES), ("rloo", "two_nodes")])
+def test_two_ranks_are_one_process(world, alone, request, name, how):
+    a, b = alone / name, request.getfixturevalue(how) / name
     for file in (RM,) if name == "preference" else MODELS:
         assert distance(a, b, file) < (1e-6 if file == HEAD else 3e-8), file
         assert file == HEAD or distance(a, world, file) > 1e-5, file
@@ -262,7 +280,7 @@ def test_each_choice_changes(world, anchored, plain, tmp_path, flags, changed):
         if file in changed:
             assert distance(plain, out, file) > 1e-7, file
         else:  # in step 1: step 2 may see other responses
-            assert distance(plain, out, "checkpoints/step_000001/rank_00000.safetensors", part + ".master") < 1e-8, file
+            assert distance(plain, out, "checkpoints/step_000001/rank_00000_000.safetensors", part + ".master") < 1e-8, file
     assert (out / "rm").exists() == ("rm" in trained) and metrics(out).keys() == metrics(plain).keys()
 
 def test_bfloat16_trains_fp32_masters(anchored, tmp_path):
@@ -317,7 +335,8 @@ def bad(anchored, tmp_path_factory):
     ("--stage all", "preference"), ("--steps -1", "-1: "), ("--steps 0", "more than 0"), ("--lr_rm nan", "nan: "),
     ("--lr_policy -0.1", "-0.1: "), ("--kl_coef inf", "inf: "), ("--top_p 1.5", "at most 1"), ("--m0 2", "at most 1"),
     ("--group 1", "2 or more"), ("--keep 0", "more than 0"), ("--batch 3", "ranks (2)"), ("--device cuda", "GPU"),
-    ("--batch 4 --num_minibatches 3", "--num_minibatches (3)"), ("--tensorboard", "package"), ("--wandb", "package"),
+    ("--batch 4 --num_minibatches 3", "--num_minibatches (3)"), ("--emulate_world 3", "a multiple of ranks (3)"),
+    ("--tensorboard", "package"), ("--wandb", "package"),
     ("--out good.jsonl", "good.jsonl"), ("--prompts none.jsonl", "none.jsonl"), ("--prompts one.json", "list"),
     ("--max_prompt_tokens 32 --max_new_tokens 2040", "--max_new_tokens 2040: expected at most 2048 together"),
     ("--prompts nobody/nothing", "nobody/nothing"), ("--prompts empty.jsonl", "one row or more"),
