@@ -126,7 +126,7 @@ class Config:
     offload: bool = False            # keep masters and moments in host memory and step there, as ZeRO-offload does
     checkpointing: bool = None       # recompute activations in the backward pass; none: on a GPU
     micro_tokens: int = None         # padded tokens per micro-batch; none: 8192 on a GPU, 2048 on a CPU
-    max_rows: int = 0                # rows decoded together; 0: all of the rank's
+    cache_tokens: int = None         # rows decoded together x their full length; none: 163840 on a GPU; 0: all rows
     emulate_world: int = 0           # measure one rank of so many in one process: its share of prompts and states only
     seed: int = 0                    # randomness is a function of (seed, purpose, step, row)
     # logs and checkpoints
@@ -147,7 +147,8 @@ class Config:
     @property
     def sampling(self):
         """The arguments of `rollout` that are flags."""
-        return {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "max_rows")}
+        return {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k",
+                                                     "cache_tokens")}
 
     def checked(self):
         """Refuse what cannot work, naming the flag to change; replace every "auto" and none by what will be used."""
@@ -171,7 +172,8 @@ class Config:
         gpu = self.device != "cpu" and torch.cuda.is_available()
         low, high = (3e-4, 4e-4) if self.algo == "gspo" else (0.2, 0.2)
         used = {"device": f"cuda:{LOCAL_RANK}" if gpu else "cpu", "dtype": "bfloat16" if gpu else "float32",
-                "checkpointing": gpu, "micro_tokens": 8192 if gpu else 2048, "clip_low": low, "clip_high": high,
+                "checkpointing": gpu, "micro_tokens": 8192 if gpu else 2048,
+                "cache_tokens": 163840 if gpu else 0, "clip_low": low, "clip_high": high,
                 "lr_rm": 1e-5 if self.stage == "preference" else 1e-7}
         emulated = {"batch": self.batch // self.emulate_world, "save_every": 0} if self.emulate_world else {}
         if self.stage != "preference":
@@ -834,20 +836,21 @@ def sample_tokens(logits, uniforms, temperature, top_p, top_k):
     return ids.gather(1, pick)[:, 0]
 
 @torch.no_grad()
-def rollout(policy, prompt_ids, group, seeds, *, max_new_tokens, temperature, top_p, top_k, max_rows=0):
+def rollout(policy, prompt_ids, group, seeds, *, max_new_tokens, temperature, top_p, top_k, cache_tokens=0):
     """`group` responses for each of P prompts -> P*group token lists (EOS included) and whether each one ended.
 
     prompt_ids: P token lists; seeds: P*group ints, one for each row, so that a response depends on its own seed and
-    not on what else is in the batch; max_rows: rows decoded together, 0 for all.
+    not on what else is in the batch; cache_tokens: decode in waves of prompts whose cache holds at most so many tokens
+    (at least one prompt; 0: one wave).
     """
-    responses, ended = [], []
-    prompts_per_wave = max(1, max_rows // group) if max_rows else len(prompt_ids)
-    for start in range(0, len(prompt_ids), prompts_per_wave):
-        stop = start + prompts_per_wave
-        tokens, done = decode(policy, prompt_ids[start:stop], group, seeds[start * group:stop * group],
+    responses, ended = [None] * len(seeds), [None] * len(seeds)
+    caches = [(range(group * (len(ids) + max_new_tokens)), 0) for ids in prompt_ids]
+    for wave in micro_batches(range(len(prompt_ids)), caches, cache_tokens or sys.maxsize):
+        rows = [prompt * group + g for prompt in wave for g in range(group)]
+        tokens, done = decode(policy, [prompt_ids[prompt] for prompt in wave], group, [seeds[row] for row in rows],
                               max_new_tokens, temperature, top_p, top_k)
-        responses += [[token for token in row if token >= 0] for row in tokens.tolist()]
-        ended += done.tolist()
+        for row, ids, end in zip(rows, tokens.tolist(), done.tolist()):
+            responses[row], ended[row] = [token for token in ids if token >= 0], end
     return responses, ended
 
 def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
@@ -1242,7 +1245,7 @@ def replaced_folder(path):
     shutil.rmtree(old, ignore_errors=True)
 
 RESUME_MAY_CHANGE = {"out", "resume", "resume_anyway", "save_every", "keep", "eval_every", "show_every", "heldout",
-                     "tensorboard", "wandb", "device", "offload", "checkpointing", "micro_tokens", "max_rows"}
+                     "tensorboard", "wandb", "device", "offload", "checkpointing", "micro_tokens", "cache_tokens"}
 
 def checkpoints(out):
     """Complete checkpoints under --out, oldest first."""
@@ -1598,7 +1601,7 @@ def learn(run, batch):
         policy_step(run, batch, positive | negative, valid)
     log.put(health=health(run))
 
-TO_SAVE_MEMORY = ("lower --micro_tokens (scores, log-probs and updates), --max_rows (rollout) or --max_new_tokens, or "
+TO_SAVE_MEMORY = ("lower --micro_tokens (scores, log-probs and updates), --cache_tokens (rollout) or --max_new_tokens, or "
                   "set --offload")
 
 def rehearse(run):
@@ -1608,8 +1611,8 @@ def rehearse(run):
     exchanged in here, so that no rank waits for one that fails.
     """
     cfg, rows, error = run.cfg, run.cfg.batch // WORLD * run.cfg.group, None
-    wave = max(cfg.group, min(rows, cfg.max_rows or rows) // cfg.group * cfg.group)
     width = cfg.max_prompt_tokens + cfg.max_new_tokens
+    prompts = min(rows // cfg.group, max(1, (cfg.cache_tokens or sys.maxsize) // (cfg.group * width)))
     longest = [([1] * width, cfg.max_prompt_tokens)] * rows
     part = model_inputs([longest[row] for row in micro_batches(range(rows), longest, cfg.micro_tokens)[0]], cfg.device)
     try:
@@ -1617,7 +1620,7 @@ def rehearse(run):
         moments = [torch.empty_like(master) for optimizer in run.optimizers.values()  # noqa: F841, held until the end
                    for master in optimizer.masters.values() if master not in optimizer.adamw.state for _ in range(2)]
         phase = "the rollout"
-        longest_cache(run.policy.model, wave, cfg.group, cfg.max_prompt_tokens, width)
+        longest_cache(run.policy.model, prompts, cfg.group, cfg.max_prompt_tokens, width)
         for name, model, rest in (("rm", run.rm, ()), ("policy", run.policy, (cfg.temperature,))):
             phase = f"the update of --{name}"
             if name in run.optimizers:
@@ -1628,21 +1631,21 @@ def rehearse(run):
     except torch.OutOfMemoryError as trouble:
         error = f"{phase} ({first_line(trouble)})"
     if total(error is not None)[0]:
-        fail(f"too little GPU memory for {error or 'another rank'}; the longest batch has {rows} rows of {width} tokens "
-             f"on each rank: {TO_SAVE_MEMORY}")
+        fail(f"too little GPU memory for {error or 'another rank'}; the longest batch has {rows} rows of {width} "
+             f"tokens on each rank: {TO_SAVE_MEMORY}")
 
 @torch.no_grad()
-def longest_cache(model, rows, group, prompt, width):
+def longest_cache(model, prompts, group, prompt_tokens, width):
     """Prefill, then the last decoding step: the cache is as long as it gets in `decode`."""
-    device, cache = model.device, DynamicCache(config=model.config)
-    ids = torch.ones(rows // group, prompt, dtype=torch.long, device=device)
+    cache, rows = DynamicCache(config=model.config), prompts * group
+    ids = torch.ones(prompts, prompt_tokens, dtype=torch.long, device=model.device)
     model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
     cache.batch_repeat_interleave(group)
     for layer in cache.layers:
         layer.keys, layer.values = (x.new_zeros(*x.shape[:2], width - 2, x.shape[3])
                                     for x in (layer.keys, layer.values))
     model(input_ids=ids[:1, :1].expand(rows, 1), past_key_values=cache, logits_to_keep=1,
-          attention_mask=torch.ones(rows, width - 1, dtype=torch.long, device=device))
+          attention_mask=torch.ones(rows, width - 1, dtype=torch.long, device=model.device))
 
 def save_stage(run, prompts, heldout):
     """Algorithm 2: the reward model and the policy train each other for T steps."""

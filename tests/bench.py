@@ -3,6 +3,11 @@
     python tests/bench.py rollout --policy DIR     tokens per second beside transformers' generate
     python tests/bench.py memory --rm DIR          peak memory and time of the RM update, half the rows filtered
     python tests/bench.py steps --policy DIR --rm DIR --prompts FILE   a SAVE step beside a step with the RM frozen
+    python tests/bench.py trl --policy DIR --rm DIR                    a GRPO and a SAVE step beside TRL's GRPOTrainer
+    python tests/bench.py log_probs --policy DIR   log-probs and their gradient beside whole logits
+    python tests/bench.py models --out DIR [--size full]               random weights, of the paper's shapes or tiny
+    python tests/bench.py phases --policy DIR --rm DIR --prompts FILE  seconds, memory and utilisation of each phase
+    python tests/bench.py growth --policy DIR --rm DIR --prompts FILE  a step by group size, response length and ranks
     python tests/bench.py scoring --rm DIR --pairs FILE --rewardbench DIR   eval.py beside the rewardbench package
 
 Each figure is the median over --repeats; ratios are taken pair by pair. CPU seconds are those of the whole process.
@@ -22,13 +27,17 @@ import unittest.mock
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding,
+                          LlamaConfig, LlamaForSequenceClassification, Qwen3Config, Qwen3ForCausalLM)
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import eval as evaluation  # noqa: E402
 import save  # noqa: E402
+import toy  # noqa: E402
 
 SHORT = ["Name three rivers in Europe.", "What is the capital of Australia?", "Why is the sky blue?"]
+# freed blocks go back to the system at once, so that resident memory is what is in use
+HONEST_MALLOC = dict.fromkeys(["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"], "65536")
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
 
 
@@ -86,12 +95,9 @@ def bench_memory(args):
     results = {}
     for _ in range(args.repeats):
         for variant in ("held", "ours"):
-            # freed blocks go back to the system at once, so that resident memory is what is in use
             out = subprocess.run([sys.executable, __file__, "memory", "--rm", args.rm, "--variant", variant,
                                   "--layers", str(args.layers)],
-                                 env=os.environ | dict.fromkeys(["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"],
-                                                                "65536"),
-                                 capture_output=True, text=True, check=True).stdout
+                                 env=os.environ | HONEST_MALLOC, capture_output=True, text=True, check=True).stdout
             results.setdefault(variant, []).append(json.loads(out))
     for key, unit in (("mb", "MB above the base"), ("cpu", "CPU seconds")):
         held, ours = ([r[key] for r in results[v]] for v in ("held", "ours"))
@@ -152,6 +158,230 @@ def bench_steps(args):
     print(f"seconds per step: SAVE {statistics.median(times['save']):.2f}  "
           f"RM frozen {statistics.median(times['none']):.2f}  ratio {statistics.median(ratios):.2f} "
           f"({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs)")
+
+
+# ---------------------------------------------------------------- a step beside TRL's
+ASKED = ["Why is the sky blue?", "Tell me a long story about a lighthouse keeper."]  # answered in more than 32 tokens
+STEP = {"group": 8, "max_new_tokens": 32, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "lr_policy": 2e-6,
+        "kl_coef": 0.04}
+
+
+def bench_trl(args):
+    """Process CPU seconds and peak memory of one step, each variant in its own process, in turn."""
+    results = {"grpo": [], "save": [], "trl": []}
+    for _ in tqdm(range(args.repeats), leave=False):
+        for variant, runs in results.items():
+            done = subprocess.run([sys.executable, __file__, "trl", "--policy", args.policy, "--rm", args.rm,
+                                   "--variant", variant], capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{variant}: {done.stderr[-2000:]}")
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+    trl = results["trl"]
+    for variant, runs in results.items():
+        ratios = [run["cpu"] / peer["cpu"] for run, peer in zip(runs, trl)]
+        print(f"{variant:<5} {statistics.median(run['cpu'] for run in runs):6.2f} CPU seconds a step, ratio to TRL "
+              f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {len(runs)} repeats); "
+              f"{statistics.median(run['mb'] for run in runs):.0f} MB at the peak; "
+              f"{statistics.mean(run['tokens'] for run in runs):.1f} tokens a response")
+
+
+def trl_variant(args):
+    """The second step of a run: {"cpu": its process seconds, "mb": peak memory of the run, "tokens": a response's}."""
+    marks, tokens = [], []
+    with tempfile.TemporaryDirectory() as out:
+        if args.variant == "trl":
+            train_with_trl(args, out, marks, tokens)
+        else:
+            step, prompts = save.save_step, pathlib.Path(out, "prompts.jsonl")
+            prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ASKED))
+
+            def timed(run, *inputs):
+                marks.append(time.process_time())
+                step(run, *inputs)
+                marks.append(time.process_time())
+                tokens.append(run.log.record["response_tokens"])
+            flags = [word for name, x in STEP.items() for word in (f"--{name}", str(x))]
+            with unittest.mock.patch.object(save, "save_step", timed):  # --m0 0: no response is filtered
+                save.main(["--policy", args.policy, "--rm", args.rm, "--prompts", str(prompts), "--out", f"{out}/run",
+                           "--rm_update", "save" if args.variant == "save" else "none", "--batch", "2", "--steps", "2",
+                           "--save_every", "0", "--m0", "0", "--value_prompts", "2", "--value_k", "8", "--value_epochs",
+                           "100", "--value_lr", "0.05", "--lr_rm", "1e-7", "--max_prompt_tokens", "64", *flags])
+    print(json.dumps({"cpu": marks[3] - marks[2], "mb": memory_mb("VmHWM"), "tokens": tokens[1]}))
+
+
+def train_with_trl(args, out, marks, tokens):
+    """Two steps of TRL's GRPOTrainer, the loss as in the paper, the reward model as its reward function."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            marks.append(time.process_time())
+
+        def on_step_end(self, *_, **__):
+            marks.append(time.process_time())
+    rm = AutoModelForSequenceClassification.from_pretrained(args.rm, num_labels=1, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(args.rm)
+    config = GRPOConfig(
+        output_dir=out, per_device_train_batch_size=2 * STEP["group"], num_generations=STEP["group"], max_steps=2,
+        max_completion_length=STEP["max_new_tokens"], temperature=STEP["temperature"], top_p=STEP["top_p"],
+        top_k=STEP["top_k"], beta=STEP["kl_coef"], learning_rate=STEP["lr_policy"], lr_scheduler_type="constant",
+        loss_type="grpo", use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", report_to="none",
+        logging_steps=1, disable_tqdm=True, model_init_kwargs={"dtype": "float32"})
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in ASKED])
+    trainer = GRPOTrainer(args.policy, rm, config, data, reward_processing_classes=tokenizer, callbacks=[Clock()])
+    trainer.train()
+    tokens += [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
+
+
+# ---------------------------------------------------------------- log-probs beside whole logits
+def bench_log_probs(args):
+    """CPU seconds and peak memory of the log-probs of 16 responses and of their gradient, each in its own process."""
+    results = {(variant, what): [] for what in ("forward", "backward") for variant in ("ours", "whole")}
+    for _ in tqdm(range(args.repeats), leave=False):
+        for (variant, what), runs in results.items():
+            done = subprocess.run([sys.executable, __file__, "log_probs", "--policy", args.policy, "--layers",
+                                   str(args.layers), "--variant", variant, "--direction", what],
+                                  env=os.environ | HONEST_MALLOC, capture_output=True, text=True, check=True)
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+    for what in ("forward", "backward"):
+        ours, whole = results["ours", what], results["whole", what]
+        speed = [b["cpu"] / a["cpu"] for a, b in zip(ours, whole)]
+        memory = [a["mb"] / b["mb"] for a, b in zip(ours, whole)]
+        print(f"log-probs, {what}: {statistics.median(speed):.2f} times as fast ({min(speed):.2f} to {max(speed):.2f}), "
+              f"{statistics.median(memory):.2f} of the memory ({min(memory):.2f} to {max(memory):.2f}); "
+              f"ours {statistics.median(a['cpu'] for a in ours):.1f} CPU seconds, "
+              f"{statistics.median(a['mb'] for a in ours):.0f} MB; relative difference of the sums "
+              f"{max(abs(a['sum'] / b['sum'] - 1) for a, b in zip(ours, whole)):.0e}; {len(ours)} repeats")
+
+
+def log_probs_variant(args):
+    """`ours`: sorted micro-batches, no mask, response positions only. `whole`: fours in order, mask, all logits."""
+    policy = save.Policy.from_pretrained(args.policy)
+    policy.model.model.layers = policy.model.model.layers[:args.layers]
+    numbers = torch.Generator().manual_seed(0)
+    rows = [(torch.randint(10, 1000, (48 + int(n),), generator=numbers).tolist(), 48)
+            for n in (4.3 + 0.7 * torch.randn(16, generator=numbers)).exp().clamp(8, 320)]
+    longest = max(len(ids) for ids, _ in rows)
+    batches = save.micro_batches(range(16), rows, 4 * longest) if args.variant == "ours" \
+        else [range(i, i + 4) for i in range(0, 16, 4)]
+    backward = args.direction == "backward"
+    for p in policy.parameters():
+        p.grad = torch.zeros_like(p) if backward else None
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    base, cpu, summed = memory_mb("VmRSS"), time.process_time(), 0.0
+    with torch.set_grad_enabled(backward):
+        for batch in batches:
+            ids, lengths, prompts = save.model_inputs([rows[row] for row in batch], "cpu")
+            if args.variant == "ours":
+                log_probs, mask = policy(ids, lengths, prompts, 0.7)
+            else:
+                mask = torch.arange(ids.shape[1]) < lengths[:, None]
+                logits = policy.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1] / 0.7
+                log_probs = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
+                mask = mask[:, 1:] & (torch.arange(1, ids.shape[1]) >= prompts[:, None])
+            result = torch.where(mask, log_probs, 0).sum()
+            if backward:
+                result.backward()
+            summed += result.item()
+    print(json.dumps({"mb": memory_mb("VmHWM") - base, "cpu": time.process_time() - cpu, "sum": summed}))
+
+
+# ---------------------------------------------------------------- phases, at full size and how they grow
+SHAPES = {  # of Qwen3-4B-Instruct-2507 and Skywork-Reward-V2-Llama-3.2-3B
+    "full": ({"vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+              "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+             {"vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+              "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128}),
+    "tiny": ({"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},) * 2}
+
+
+def make_models(args):
+    """policy/, rm/ and prompts.jsonl with random weights. No response ends early: EOS is one word in a vocabulary."""
+    out, (policy_shape, rm_shape) = pathlib.Path(args.out), SHAPES[args.size]
+    dtype = torch.bfloat16 if args.size == "full" else torch.float32
+    special = ["<pad>", "<unk>", "<user>", "<assistant>", "<end>"]
+    for name, kind, config, shape in (("policy", Qwen3ForCausalLM, Qwen3Config, policy_shape),
+                                      ("rm", LlamaForSequenceClassification, LlamaConfig, rm_shape)):
+        words = special + [f"w{i}" for i in range(shape["vocab_size"] - len(special))]
+        tokenizer = toy.word_tokenizer(words, toy.POLICY_TEMPLATE, pad_token="<pad>", unk_token="<unk>",
+                                       eos_token="<end>", additional_special_tokens=["<user>", "<assistant>"])
+        torch.manual_seed(0)
+        torch.set_default_dtype(dtype)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = kind(config(**shape, max_position_embeddings=4096, tie_word_embeddings=True, num_labels=1,
+                                dtype=dtype, pad_token_id=0, bos_token_id=None, eos_token_id=4))
+        torch.set_default_dtype(torch.float32)
+        toy.write_model(out / name, model, tokenizer)
+        del model
+    numbers = torch.Generator().manual_seed(0)
+    prompts = [" ".join(f"w{i}" for i in torch.randint(0, 500, (args.prompt_tokens - 2,), generator=numbers))
+               for _ in range(64)]
+    (out / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+
+
+PHASES = ("rollout", "score", "rm_update", "log_probs", "policy_update")
+
+
+def phases(args, *flags):
+    """Medians over the steps after the first of each *_seconds and the largest *_gb of a run; "score" is both passes."""
+    with tempfile.TemporaryDirectory() as out:
+        words = ["--policy", args.policy, "--rm", args.rm, "--prompts", args.prompts, "--out", out, "--steps",
+                 str(args.repeats + 1), "--save_every", "0", "--show_every", "0", *args.flags, *flags]
+        ranks = args.ranks
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] \
+            if ranks > 1 else [sys.executable]
+        done = subprocess.run([*start, save.__file__, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                              text=True)
+        if done.returncode:
+            sys.exit(done.stderr[-2000:])
+        lines = [json.loads(line) for line in pathlib.Path(out, "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line.get("stage") == "save" and line["step"] > 1]
+    result = {name: statistics.median(step[name] for step in steps if name in step) for name in steps[0]
+              if name.endswith("_seconds")}
+    result |= {name: max(step[name] for step in steps if name in step) for name in steps[0] if name.endswith("_gb")}
+    seconds = [step["step_seconds"] for step in steps]
+    return result | {"tokens": statistics.mean(step["response_tokens"] for step in steps),
+                     "spread": f"{min(seconds):.3f} to {max(seconds):.3f}"}
+
+
+def bench_phases(args):
+    """One line a phase. Utilisation counts 2 FLOPs a parameter and token forward, 8 with backward and recomputation."""
+    result = phases(args)
+    cfg = save.parse_config(["--policy", args.policy, "--rm", args.rm, *args.flags])
+    rows = cfg.batch // (cfg.emulate_world or args.ranks) * cfg.group
+    sizes = {name: sum(p.numel() for p in kind.from_pretrained(path).parameters()) for name, kind, path in
+             (("policy", AutoModelForCausalLM, args.policy), ("rm", AutoModelForSequenceClassification, args.rm))}
+    prompt = statistics.mean(len(save.encode_chat(save.load_tokenizer(args.policy, "policy"), messages, True))
+                             for messages in ([{"role": "user", "content": json.loads(line)["prompt"]}]
+                                              for line in open(args.prompts, encoding="utf-8")))
+    tokens = rows * (prompt + result["tokens"])
+    flops = {"score": 4 * sizes["rm"] * tokens, "rm_update": 8 * sizes["rm"] * tokens,
+             "log_probs": 2 * sizes["policy"] * tokens, "policy_update": 8 * sizes["policy"] * tokens}
+    print(f"{rows} rows of {prompt:.0f} + {result['tokens']:.0f} tokens a rank; a step {result['step_seconds']:.2f} s "
+          f"({result['spread']}, {args.repeats} steps), 320 steps "
+          f"{result['step_seconds'] * 320 / 3600:.1f} h; host {result['host_gb']:.2f} GB a rank")
+    for phase in PHASES:
+        seconds = result.get(f"{phase}_seconds")
+        if seconds:
+            rate = f"{flops[phase] / seconds / 1e12:.3g} TFLOP/s if no row is filtered" if phase in flops else \
+                f"{rows * result['tokens'] / seconds:.4g} tokens/s"
+            print(f"  {phase:<14} {seconds:8.3f} s  {rate}  {result.get(phase + '_gb', float('nan')):.1f} GB")
+
+
+def bench_growth(args):
+    """Seconds a step and host memory: group size, response length, ranks; each beside the first of its kind."""
+    for flag, sizes in {"--group": (4, 8, 16), "--max_new_tokens": (16, 32, 64), "ranks": (1, 2)}.items():
+        first = None
+        for n in sizes:
+            args.ranks = n if flag == "ranks" else 1
+            result = phases(args, *([] if flag == "ranks" else [flag, str(n)]))
+            first = first or result
+            print(f"{flag} {n}: {result['step_seconds']:.3f} s a step ({result['spread']}), "
+                  f"x {result['step_seconds'] / first['step_seconds']:.2f} for x {n / sizes[0]:.0f}; "
+                  f"{result['host_gb'] * 1000:.0f} MB", flush=True)
 
 
 def rewardbench_pipeline(folder, path):
@@ -269,10 +499,15 @@ def print_texts(pipe, rows, every, different, budget):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["rollout", "memory", "steps", "scoring"])
+    parser.add_argument("what", choices=["rollout", "memory", "steps", "trl", "log_probs", "models", "phases", "growth",
+                                         "scoring"])
     parser.add_argument("--policy")
     parser.add_argument("--rm")
     parser.add_argument("--prompts")
+    parser.add_argument("--out", help="models: where to write")
+    parser.add_argument("--size", choices=SHAPES, default="tiny")
+    parser.add_argument("--prompt_tokens", type=int, default=256, help="models: length of the prompts")
+    parser.add_argument("--ranks", type=int, default=1, help="phases: processes of torchrun")
     parser.add_argument("--pairs", help="scoring: .jsonl of prompt, chosen, rejected")
     parser.add_argument("--count", type=int, default=48, help="scoring: the first pairs of the file")
     parser.add_argument("--rewardbench", help="scoring: folder of the unpacked rewardbench 0.1.4 wheel")
@@ -280,10 +515,11 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cases", nargs="+", choices=["short", "long"], default=["short", "long"])
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--variant", choices=["held", "ours"], help=argparse.SUPPRESS)
-    args, flags = parser.parse_known_args()
-    args.flags = flags
-    if args.what == "memory":
-        memory_variant(args) if args.variant else bench_memory(args)
-    else:
-        {"rollout": bench_rollout, "steps": bench_steps, "scoring": bench_scoring}[args.what](args)
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--direction", help=argparse.SUPPRESS)
+    args, args.flags = parser.parse_known_args()  # the rest goes to save.py
+    variants = {"memory": memory_variant, "trl": trl_variant, "log_probs": log_probs_variant}
+    benches = {"rollout": bench_rollout, "memory": bench_memory, "steps": bench_steps, "trl": bench_trl,
+               "log_probs": bench_log_probs, "models": make_models, "phases": bench_phases, "growth": bench_growth,
+               "scoring": bench_scoring}
+    (variants if args.variant else benches)[args.what](args)

@@ -56,9 +56,8 @@ ROWS = {  # {save}: the reward model that the row SAVE made; {others}: the two m
         **FROZEN, "SAVE": [], **{f"G = {g}": ["--group", str(g)] for g in (4, 16)},
         **{f"m0 = {m0}": ["--m0", m0] for m0 in ("0.3", "0.7")},
         **{f"RM learning rate x {x}": ["--lr_rm", rate] for x, rate in (("1/3", "3.3e-6"), ("3", "3e-5"))},
-        **{f"value head learning rate x {x}": ["--lr_value", rate] for x, rate in (("1/5", "2e-4"), ("3", "3e-3"))},
+        "value head learning rate x 1/5": ["--lr_value", "2e-4"],
         "Mean Reward, RM learning rate x 3": ["--rm_update", "mean_reward", "--lr_rm", "3e-5"],
-        "HL-BT, RM learning rate x 3": ["--rm_update", "hl_bt", "--lr_rm", "3e-5"],
     },
 }
 DIAGNOSTICS = ("reward_spread", "value_bias", "kept", "valid")  # of metrics.jsonl, kept for the figures

@@ -377,8 +377,8 @@ def test_a_response_stops_at_every_eos_and_nowhere_else():
 def test_a_response_depends_on_its_seed_and_on_nothing_else(kind):
     pi = policy(kind)
     want, ended = save.rollout(pi, PROMPTS, 4, range(20), **SAMPLING)
-    for max_rows in (1, 9, 100):
-        assert save.rollout(pi, PROMPTS, 4, range(20), **SAMPLING, max_rows=max_rows) == (want, ended)
+    for cache_tokens in (1, 2 * 4 * (SAMPLING["max_new_tokens"] + 6), 10 ** 6):  # one prompt a wave, about two, all
+        assert save.rollout(pi, PROMPTS, 4, range(20), **SAMPLING, cache_tokens=cache_tokens) == (want, ended)
     for p in range(5):
         alone, _ = save.rollout(pi, PROMPTS[p:p + 1], 4, range(4 * p, 4 * p + 4), **SAMPLING)
         assert alone == want[4 * p:4 * p + 4] and len({tuple(row) for row in alone}) > 2

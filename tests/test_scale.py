@@ -61,9 +61,9 @@ def test_the_rehearsal_leaves_no_trace(anchored, tmp_path, rehearsed):  # noqa: 
     assert metrics(out) == metrics(plain)
     assert all((out / file).read_bytes() == (plain / file).read_bytes() for file in MODELS)
 
-@pytest.mark.parametrize("max_rows, wave", [(0, 32), (16, 16), (20, 16), (3, 8)])
+@pytest.mark.parametrize("cache_tokens, wave", [(0, 32), (16 * 44, 16), (20 * 44, 16), (3, 8)])
 def test_the_rehearsal_is_as_large_as_a_batch_can_be(anchored, tmp_path, rehearsed, monkeypatch,  # noqa: F811
-                                                     max_rows, wave):
+                                                     cache_tokens, wave):
     """The last decoding step of --max_new_tokens tokens in `decode` and its stand-in see caches of one shape."""
     seen, shapes, caches = [], {}, save.DynamicCache
 
@@ -76,7 +76,7 @@ def test_the_rehearsal_is_as_large_as_a_batch_can_be(anchored, tmp_path, rehears
         shapes.setdefault("policy", ids.shape), old(self, ids, *rest))[1])
     monkeypatch.setattr(save.RewardModel, "forward", lambda self, ids, *rest, old=save.RewardModel.forward: (
         shapes.setdefault("rm", ids.shape), old(self, ids, *rest))[1])
-    run(anchored, tmp_path / "out", steps=1, max_rows=max_rows)
+    run(anchored, tmp_path / "out", steps=1, cache_tokens=cache_tokens)
     cfg = rehearsed[0].cfg
     width = cfg.max_prompt_tokens + cfg.max_new_tokens
     assert seen[0].layers[0].keys.shape[0] == wave and seen[0].get_seq_length() == width - 1
@@ -87,8 +87,9 @@ def test_the_rehearsal_is_as_large_as_a_batch_can_be(anchored, tmp_path, rehears
     save.decode(policy, [[1] * cfg.max_prompt_tokens] * 2, 4, range(8), cfg.max_new_tokens, 1.0, 1.0, 0)
     assert seen[0].get_seq_length() == width - 1
 
-@pytest.mark.parametrize("target, said", [("longest_cache", "the rollout"), ("RewardModel.forward", "the update of --rm"),
-                                          ("Policy.forward", "the update of --policy")])
+@pytest.mark.parametrize("target, said", [
+    ("longest_cache", "the rollout"), ("RewardModel.forward", "the update of --rm"),
+    ("Policy.forward", "the update of --policy")])
 def test_too_little_memory_is_one_line_with_the_flags_to_lower(anchored, tmp_path, rehearsed, monkeypatch,  # noqa: F811
                                                                capsys, target, said):
     def full(*inputs):
@@ -97,7 +98,7 @@ def test_too_little_memory_is_one_line_with_the_flags_to_lower(anchored, tmp_pat
     monkeypatch.setattr(save if owner == "save" else getattr(save, owner.removeprefix("save.")), name, full)
     line = refusal(capsys, argv(anchored, tmp_path / "out"))
     assert said in line and "20.00 GiB" in line and "the longest batch has 32 rows of 44 tokens" in line
-    assert all(flag in line for flag in ("--micro_tokens", "--max_rows", "--max_new_tokens", "--offload"))
+    assert all(flag in line for flag in ("--micro_tokens", "--cache_tokens", "--max_new_tokens", "--offload"))
 
 def test_running_out_of_memory_later_is_one_line_too(anchored, tmp_path, monkeypatch, capsys):  # noqa: F811
     def full(*inputs):

@@ -68,7 +68,8 @@ def test_every_row_runs_once(tmp_path, monkeypatch, quick, table):
     assert len({line.count("|") for line in lines[2:]}) == 1
     first = next(iter(rows.values()))
     for line, (name, runs) in zip(lines[5:], rows.items()):
-        gains = [statistics.mean(r["after"].values()) - statistics.mean(f["init"].values()) for r, f in zip(runs, first)]
+        gains = [statistics.mean(r["after"].values()) - statistics.mean(f["init"].values())
+                 for r, f in zip(runs, first)]
         assert name in line and f"{statistics.mean(gains):.2f} ±" in line
         assert f"{sum(gain > 0 for gain in gains)} of 2" in line
     before = len(quick)
