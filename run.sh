@@ -3,6 +3,7 @@
 # bash run.sh test [flags]    the tests; flags go to pytest
 # bash run.sh paper [flags]   the paper's run on 4 GPUs; flags go to save.py
 # bash run.sh table1|table2|table3|sweeps   the tables on the laptop world, six seeds, resumable; see tests/tables.py
+# bash run.sh figures   accuracy.png and diagnostics.png from runs/tables/results.json; needs matplotlib
 # The first use makes .venv and installs requirements.txt; PYTHON=/path/to/python uses an environment of yours instead.
 # WORLD=annealed|constant|noisy and SEED=0 choose the laptop world, OUT=runs/laptop where it goes.
 set -euo pipefail
@@ -38,7 +39,8 @@ case "${1:-laptop}" in
     PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
       "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 4 save.py --out runs/paper "$@" ;;
   table1|table2|table3|sweeps) setup; "$PYTHON" tests/tables.py "$@" ;;
+  figures) setup; shift; "$PYTHON" tests/figures.py "$@" ;;
   laptop) setup; laptop "${@:2}" ;;
   -*) setup; laptop "$@" ;;
-  *) echo "run.sh: $1: expected nothing, test, paper, table1, table2, table3, sweeps or flags of save.py" >&2; exit 2 ;;
+  *) echo "run.sh: $1: expected nothing, test, paper, table1, table2, table3, sweeps, figures or flags of save.py" >&2; exit 2 ;;
 esac

@@ -126,7 +126,7 @@ class Config:
     offload: bool = False            # keep masters and moments in host memory and step there, as ZeRO-offload does
     checkpointing: bool = None       # recompute activations in the backward pass; none: on a GPU
     micro_tokens: int = None         # padded tokens per micro-batch; none: 8192 on a GPU, 2048 on a CPU
-    cache_tokens: int = None         # rows decoded together x their full length; none: 163840 on a GPU; 0: all rows
+    cache_tokens: int = None         # rows decoded together x their full length; none: 155648 on a GPU; 0: all rows
     emulate_world: int = 0           # measure one rank of so many in one process: its share of prompts and states only
     seed: int = 0                    # randomness is a function of (seed, purpose, step, row)
     # logs and checkpoints
@@ -173,7 +173,7 @@ class Config:
         low, high = (3e-4, 4e-4) if self.algo == "gspo" else (0.2, 0.2)
         used = {"device": f"cuda:{LOCAL_RANK}" if gpu else "cpu", "dtype": "bfloat16" if gpu else "float32",
                 "checkpointing": gpu, "micro_tokens": 8192 if gpu else 2048,
-                "cache_tokens": 163840 if gpu else 0, "clip_low": low, "clip_high": high,
+                "cache_tokens": 155648 if gpu else 0, "clip_low": low, "clip_high": high,
                 "lr_rm": 1e-5 if self.stage == "preference" else 1e-7}
         emulated = {"batch": self.batch // self.emulate_world, "save_every": 0} if self.emulate_world else {}
         if self.stage != "preference":
@@ -569,7 +569,7 @@ class RewardModel(nn.Module):
             stock = type(self.model)(config)
         stock.load_state_dict(state_dict, assign=True)
         with replaced_folder(path) as folder:
-            stock.save_pretrained(folder)
+            stock.save_pretrained(folder, max_shard_size="5GB")  # a file's bytes are copied in host memory
             tokenizer.save_pretrained(folder)
             if self.has_value_head:  # weight (1,H) and bias (1,), fp32
                 state = {name: p.detach().cpu().contiguous() for name, p in self.value_head.state_dict().items()}
@@ -1369,7 +1369,7 @@ def save_models(run):
         say(f"reward model: {out / 'rm'}")
     if "policy" in run.optimizers and RANK == 0:
         with replaced_folder(out / "policy") as folder:
-            run.policy.model.save_pretrained(folder)
+            run.policy.model.save_pretrained(folder, max_shard_size="5GB")
             run.policy.tokenizer.save_pretrained(folder)
         say(f"policy: {out / 'policy'}")
     barrier()

@@ -299,7 +299,10 @@ SHAPES = {  # of Qwen3-4B-Instruct-2507 and Skywork-Reward-V2-Llama-3.2-3B
 
 
 def make_models(args):
-    """policy/, rm/ and prompts.jsonl with random weights. No response ends early: EOS is one word in a vocabulary."""
+    """policy/, rm/ and prompts.jsonl with random weights, for --temperature 50: any word may come next.
+
+    Every --mean_tokens-th word is an EOS, so that lengths vary and most responses end: the RM trains on those only.
+    """
     out, (policy_shape, rm_shape) = pathlib.Path(args.out), SHAPES[args.size]
     dtype = torch.bfloat16 if args.size == "full" else torch.float32
     special = ["<pad>", "<unk>", "<user>", "<assistant>", "<end>"]
@@ -314,6 +317,8 @@ def make_models(args):
             model = kind(config(**shape, max_position_embeddings=4096, tie_word_embeddings=True, num_labels=1,
                                 dtype=dtype, pad_token_id=0, bos_token_id=None, eos_token_id=4))
         torch.set_default_dtype(torch.float32)
+        if name == "policy":
+            model.generation_config.eos_token_id = list(range(4, shape["vocab_size"], args.mean_tokens))
         toy.write_model(out / name, model, tokenizer)
         del model
     numbers = torch.Generator().manual_seed(0)
@@ -498,7 +503,8 @@ def print_texts(pipe, rows, every, different, budget):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("what", choices=["rollout", "memory", "steps", "trl", "log_probs", "models", "phases", "growth",
                                          "scoring"])
     parser.add_argument("--policy")
@@ -507,6 +513,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", help="models: where to write")
     parser.add_argument("--size", choices=SHAPES, default="tiny")
     parser.add_argument("--prompt_tokens", type=int, default=256, help="models: length of the prompts")
+    parser.add_argument("--mean_tokens", type=int, default=600, help="models: mean length of the responses")
     parser.add_argument("--ranks", type=int, default=1, help="phases: processes of torchrun")
     parser.add_argument("--pairs", help="scoring: .jsonl of prompt, chosen, rejected")
     parser.add_argument("--count", type=int, default=48, help="scoring: the first pairs of the file")

@@ -2,7 +2,7 @@
 
     python tests/tables.py table1 --out runs/tables                  # methods and ablations, three worlds
     python tests/tables.py table2 --out runs/tables                  # RL algorithms
-    python tests/tables.py table3 --out runs/tables                  # R2M and PRIME
+    python tests/tables.py table3 --out runs/tables                  # the policy, R2M and PRIME among them
     python tests/tables.py sweeps --out runs/tables                  # group size, m0, learning rates
     python tests/tables.py table1 --out runs/tables --worlds noisy --seeds 10 11 --jobs 2
 
@@ -13,13 +13,14 @@ gold reward to GRPO with the frozen RM. Seeds 0 to 2 were looked at when the wor
 """
 import argparse
 import concurrent.futures
+import contextlib
 import json
+import multiprocessing
 import os
 import re
 import statistics
-import subprocess
 import sys
-import threading
+import tempfile
 from pathlib import Path
 
 import torch
@@ -27,9 +28,12 @@ import toy
 import transformers
 from tqdm import tqdm
 
-import save
+sys.path[:0] = [str(Path(__file__).resolve().parent / "rivals")]
+import prime  # noqa: E402
+import r2m  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
+import save  # noqa: E402
+
 SEEDS = [10, 11, 12, 13, 14, 15]
 FROZEN = {"GRPO, frozen RM": ["--rm_update", "none"]}  # the first row of each table: its RM is the initial one
 ROWS = {  # {save}: the reward model that the row SAVE made; {others}: the two more that the world has on the same pairs
@@ -49,8 +53,10 @@ ROWS = {  # {save}: the reward model that the row SAVE made; {others}: the two m
         "SAVE with GSPO": ["--algo", "gspo", "--num_minibatches", "4"],
         "SAVE with REINFORCE++": ["--algo", "reinforce++"],
     },
-    "table3": {  # other methods that update the reward model, as forks of save.py
-        **FROZEN, "SAVE": [], "R2M": ["tests/rivals/r2m.py"], "PRIME": ["tests/rivals/prime.py", "--lr_prm", "1e-5"],
+    "table3": {  # the policy; PRIME and R2M are forks of save.py
+        **FROZEN, "REINFORCE++, frozen RM": ["--rm_update", "none", "--algo", "reinforce++"],
+        "PRIME": ["tests/rivals/prime.py", "--lr_prm", "1e-5"], "R2M": ["tests/rivals/r2m.py"], "SAVE": [],
+        "GRPO, frozen RM of SAVE": ["--rm_update", "none", "--rm", "{save}"],
     },
     "sweeps": {
         **FROZEN, "SAVE": [], **{f"G = {g}": ["--group", str(g)] for g in (4, 16)},
@@ -61,16 +67,19 @@ ROWS = {  # {save}: the reward model that the row SAVE made; {others}: the two m
     },
 }
 DIAGNOSTICS = ("reward_spread", "value_bias", "kept", "valid")  # of metrics.jsonl, kept for the figures
-LOADING = threading.Lock()  # transformers cannot load models in two threads at once
+MAINS = {"save.py": save.main, "tests/toy.py": toy.main, "tests/rivals/r2m.py": r2m.main,
+         "tests/rivals/prime.py": prime.main}
 BLOCK = 10  # steps that a point of a diagnostic is the mean of
 
 
 def call(script, *words):
-    """One process of one thread; its output is shown only if it fails."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise RuntimeError(f"{script} {' '.join(map(str, words))}\n{done.stderr[-2000:]}")
+    """main() of one of our scripts in this process; its output goes to the file that error messages name."""
+    log = Path(tempfile.gettempdir(), f"tables_{os.getpid()}.log")
+    with open(log, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            MAINS[script](list(map(str, words)))
+        except SystemExit as stop:
+            raise RuntimeError(f"{script} {' '.join(map(str, words))}: exit code {stop.code}, see {log}") from None
 
 
 def anchored(data, rm, out, args, seed):
@@ -98,8 +107,7 @@ def run_row(data, flags, args, seed):
     rm, heldout = anchored(data, data / "rm", data / "value", args, seed), sorted(data.glob("heldout_*.jsonl"))
     others = [data / f"rm_{k}" for k in (1, 2)]
     if flags[0:1] == ["ensemble"]:
-        with LOADING:
-            result = ensemble([data / "rm", *others], heldout)
+        result = ensemble([data / "rm", *others], heldout)
     else:
         if "{others}" in flags:
             others = [anchored(data, path, data / path.name.replace("rm", "value"), args, seed) for path in others]
@@ -111,8 +119,7 @@ def run_row(data, flags, args, seed):
              "--eval_every", 20, *toy.LAPTOP_FLAGS, *words, *args.flags)
         result = read_run(out)
     policy = out / "policy" if (out / "policy").is_dir() else data / "policy"
-    with LOADING:
-        gold = toy.gold_reward(policy, toy.read_prompts(data / "prompts_test.jsonl"))
+    gold = toy.gold_reward(policy, toy.read_prompts(data / "prompts_test.jsonl"))
     result["gold"] = {name: 100 * x for name, x in gold.items()}
     out.mkdir(parents=True, exist_ok=True)
     (out / "result.json").write_text(json.dumps(result))
@@ -174,14 +181,14 @@ def build(data, world, seed):
             call("tests/toy.py", "--out", data, "--world", world, "--seed", seed, "--extra_rm", k)
 
 
-def one_seed(args, world, seed, bar):
-    """All rows of a world and seed, one after the other."""
-    data, results = Path(args.out, f"{world}-{seed}"), {}
+def one_seed(args, world, seed):
+    """All rows of a world and seed, one after the other, in a process of its own."""
+    torch.set_num_threads(1)  # models this small are slower on two
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    data = Path(args.out, f"{world}-{seed}")
     build(data, world, seed)
-    for name, flags in ROWS[args.table].items():
-        results[name] = run_row(data, flags, args, seed)
-        bar.update()
-    return results
+    return {name: run_row(data, flags, args, seed) for name, flags in ROWS[args.table].items()}
 
 
 def mean_and_error(values):
@@ -212,7 +219,7 @@ def table(rows, world):
 
 
 def main():
-    """Every world and seed in parallel, then the tables of those that are complete."""
+    """Every world and seed in parallel, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=ROWS)
     parser.add_argument("--out", default="runs/tables")
@@ -220,20 +227,16 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args, args.flags = parser.parse_known_args()  # the rest goes to save.py
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     worlds = args.worlds or (toy.WORLDS if args.table == "table1" else toy.WORLDS[:1])
     todo = [(world, seed) for seed in args.seeds for world in worlds]
-    with tqdm(total=len(todo) * len(ROWS[args.table]), desc=args.table, smoothing=0) as bar, \
-            concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(one_seed, args, world, seed, bar) for world, seed in todo]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-        except Exception:
-            pool.shutdown(cancel_futures=True)  # what is done is kept for the next call
-            raise
+    with tqdm(total=len(todo), desc=args.table, unit="world") as bar, \
+            concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(one_seed, args, world, seed) for world, seed in todo]
+        for future in concurrent.futures.as_completed(futures):
+            if future.exception():
+                pool.shutdown(cancel_futures=True)  # what is done is kept for the next call
+            future.result()
+            bar.update()
         results = {key: future.result() for key, future in zip(todo, futures)}
     write(Path(args.out), args.table, {
         world: {"seeds": args.seeds, "flags": args.flags,

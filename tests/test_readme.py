@@ -52,13 +52,27 @@ def test_commands_of_save(folder, monkeypatch):
             continue
         at = words.index("save.py")
         if words[0] == "torchrun":
-            assert get_args_parser().parse_args(words[1:]).nproc_per_node == "4"
+            assert get_args_parser().parse_args(words[1:]).nproc_per_node in ("4", "8")
         flags = words[at + 1:]
         named = "--policy" in flags or "preference" in flags  # otherwise the hub defaults, which need the network
         files = [] if named else ["--policy", "policy", "--rm", "rm", "--prompts", "prompts.jsonl"]
         save.main(flags + files + SMALL)
         out = pathlib.Path(flags[flags.index("--out") + 1])
         assert (out / "metrics.jsonl").is_file() and (out / "rm" / "config.json").is_file(), command
+
+
+def test_commands_of_the_benchmark(folder, monkeypatch):
+    """Tiny shapes instead of the paper's, on the CPU."""
+    monkeypatch.chdir(folder)
+    commands = [shlex.split(command) for command in COMMANDS if "tests/bench.py" in command]
+    assert [words[2] for words in commands] == ["models", "phases"]
+    models, phases = ([sys.executable, str(ROOT / words[1]), *words[2:]] for words in commands)
+    models = ["tiny" if word == "full" else word for word in models]
+    subprocess.run([*models, "--prompt_tokens", "8", "--mean_tokens", "4"], check=True, capture_output=True)
+    small = "--repeats 1 --device cpu --batch 8 --group 4 --max_new_tokens 8 --max_prompt_tokens 16".split()
+    done = subprocess.run([*phases, *small], check=True, capture_output=True, text=True)
+    for phase in ("8 rows of 8 + ", "rollout", "score", "rm_update", "log_probs", "policy_update"):
+        assert phase in done.stdout, done.stdout
 
 
 def test_commands_of_eval(folder, monkeypatch, tmp_path):

@@ -10,16 +10,8 @@ import pytest
 import tables
 import toy
 
-import save
-
-sys.path.insert(0, str(tables.ROOT / "tests/rivals"))
-import prime  # noqa: E402
-import r2m  # noqa: E402
-
 SMALL = ("--steps 1 --batch 4 --group 4 --value_prompts 4 --value_k 2 --value_epochs 1 --max_new_tokens 4 --device cpu "
          "--max_prompt_tokens 32 --save_every 0").split()
-
-MAINS = {"save.py": save.main, "tests/rivals/r2m.py": r2m.main, "tests/rivals/prime.py": prime.main}
 
 @pytest.fixture
 def quick(monkeypatch):
@@ -29,19 +21,22 @@ def quick(monkeypatch):
     def call(script, *words):
         words = [str(word) for word in words]
         calls.append([script, *words])
-        if script in MAINS:
-            return MAINS[script](words)
+        if script != "tests/toy.py":
+            return tables.MAINS[script](words)
         out = tables.Path(words[words.index("--out") + 1])
         if "--extra_rm" in words:
             return shutil.copytree(out / "rm", out / f"rm_{words[-1]}")
         toy.tiny_world(out, int(words[words.index("--seed") + 1]))
         return (out / "world.json").write_text("{}")
     monkeypatch.setattr(tables, "call", call)
-    monkeypatch.setattr(tables.concurrent.futures, "ThreadPoolExecutor", OneAfterTheOther)
+    monkeypatch.setattr(tables.concurrent.futures, "ProcessPoolExecutor", OneAfterTheOther)
     return calls
 
 class OneAfterTheOther(contextlib.nullcontext):
-    """In the main thread, where alone save.py can watch for signals."""
+    """In this process, where the patches are."""
+
+    def __init__(self, *_):
+        super().__init__()
 
     def __enter__(self):
         return self
