@@ -62,7 +62,7 @@ ROWS = {  # {save}: the reward model that the row SAVE made; {others}: the two m
         **FROZEN, "SAVE": [], **{f"G = {g}": ["--group", str(g)] for g in (4, 16)},
         **{f"m0 = {m0}": ["--m0", m0] for m0 in ("0.3", "0.7")},
         **{f"RM learning rate x {x}": ["--lr_rm", rate] for x, rate in (("1/3", "3.3e-6"), ("3", "3e-5"))},
-        "value head learning rate x 1/5": ["--lr_value", "2e-4"],
+        **{f"value head learning rate x {x}": ["--lr_value", rate] for x, rate in (("1/5", "2e-4"), ("10", "1e-2"))},
         "Mean Reward, RM learning rate x 3": ["--rm_update", "mean_reward", "--lr_rm", "3e-5"],
     },
 }
@@ -218,6 +218,23 @@ def table(rows, world):
     return lines
 
 
+def overview(worlds):
+    """Markdown lines: each method's accuracy minus the initial RM's, and its policy's gold reward, for all worlds."""
+    names = [name for name in next(iter(worlds.values()))["rows"] if all(name in w["rows"] for w in worlds.values())]
+    lines = [f"| mean of the sets minus initial RM, seeds better; gold reward | {' | '.join(worlds)} |",
+             "|---" * (len(worlds) + 1) + "|"]
+    for name in names:
+        cells = []
+        for result in worlds.values():
+            first = next(iter(result["rows"].values()))
+            gains = [statistics.mean(run["after"].values()) - statistics.mean(start["init"].values())
+                     for run, start in zip(result["rows"][name], first)]
+            gold = statistics.mean(run["gold"]["sampled"] for run in result["rows"][name])
+            cells.append(f"{mean_and_error(gains)}, {sum(gain > 0 for gain in gains)} of {len(gains)}; {gold:.1f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def main():
     """Every world and seed in parallel, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -253,7 +270,7 @@ def write(out, name, worlds):
     os.replace(out / ".results.json", file)
     lines = []
     for name in sorted(tables, key=list(ROWS).index):
-        lines += [f"## {name}", ""]
+        lines += [f"## {name}", "", *overview(tables[name]), ""]
         for world, result in tables[name].items():
             lines += [*table(result["rows"], world), ""]
     (out / "results.md").write_text("\n".join(lines))

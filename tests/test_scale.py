@@ -1,6 +1,7 @@
 """What full size needs: one rank of many in one process, the longest batch first, little host memory."""
 import dataclasses
 import os
+import random
 import shutil
 
 import pytest
@@ -130,3 +131,18 @@ def test_a_checkpoint_in_parts_resumes_as_one(anchored, tmp_path, monkeypatch): 
         shutil.rmtree(path)
     run(anchored, parts, save_every=1, steps=2, resume=True)
     assert all(distance(whole, parts, file) == 0 for file in MODELS)
+
+# ---------------------------------------------------------------- padding
+@pytest.mark.parametrize("seed", range(5))
+def test_padding_is_a_tenth_at_most(seed):
+    """8 prompts x 16 responses of log-normal lengths, a rank's rows at full size; batches of 8 in order pad by half."""
+    rng, rows = random.Random(seed), []
+    for _ in range(8):
+        prompt = min(1024, int(rng.lognormvariate(4.8, 0.7)))
+        rows += [(range(prompt + min(1024, int(rng.lognormvariate(6.2, 0.6)))), prompt) for _ in range(16)]
+
+    def padded(batches):
+        return sum(len(batch) * max(len(rows[row][0]) for row in batch) for batch in batches)
+    real = sum(len(ids) for ids, _ in rows)
+    assert padded(save.micro_batches(range(128), rows, 8192)) / real < 1.1
+    assert padded([range(i, i + 8) for i in range(0, 128, 8)]) / real > 1.4

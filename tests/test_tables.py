@@ -59,13 +59,15 @@ def test_every_row_runs_once(tmp_path, monkeypatch, quick, table):
     saved = [call for call in quick if call[1:3] == ["--stage", "save"]]
     assert len(saved) == 2 * sum(flags[:1] != ["ensemble"] for flags in tables.ROWS[table].values())
     lines = (tmp_path / "results.md").read_text().splitlines()
-    assert lines[:2] == [f"## {table}", ""] and len(lines) == 5 + len(rows)
-    assert len({line.count("|") for line in lines[2:]}) == 1
+    assert lines[:2] == [f"## {table}", ""] and len(lines) == 8 + 2 * len(rows)
+    overview, full = lines[4:4 + len(rows)], lines[5 + len(rows):]
+    assert all(line.count("|") == 3 for line in lines[2:4 + len(rows)]) and len({line.count("|") for line in full}) == 1
     first = next(iter(rows.values()))
-    for line, (name, runs) in zip(lines[5:], rows.items()):
+    for line, short, (name, runs) in zip(full[3:], overview, rows.items(), strict=True):
         gains = [statistics.mean(r["after"].values()) - statistics.mean(f["init"].values())
                  for r, f in zip(runs, first)]
-        assert name in line and f"{statistics.mean(gains):.2f} ±" in line
+        assert short.startswith(f"| {name} | {statistics.mean(gains):.2f} ±") and name in line
+        assert f"{statistics.mean(gains):.2f} ±" in line
         assert f"{sum(gain > 0 for gain in gains)} of 2" in line
     before = len(quick)
     run(monkeypatch, tmp_path, table, "--seeds", 10, 11, "--worlds", "noisy")
