@@ -668,8 +668,9 @@ def highest_lowest_loss(rewards, usable=None):
 def balanced_loss(rewards, values, positive, negative, tau=1.0):
     """Not in the paper: mean_{Y+} softplus(-(R-V)/tau) + mean_{Y-} softplus((R-V)/tau), mean over valid prompts.
 
-    The same partition and anchor as Eq. 18-20. There a positive with more than 1/|Y+| of the softmax is pushed down and
-    the net push is down, so rewards shrink together; here every response is pushed away from V, those near V most:
+    The negative log-likelihood of the signs, P(y in Y+) = sigmoid((R-V)/tau), each side weighing one half. Partition
+    and anchor are those of Eq. 18-20, where a positive with more than 1/|Y+| of the softmax is pushed down and the net
+    push is down, so rewards shrink together. Here every response is pushed away from V, those near V most:
     dL/dR = -sigmoid(-(R-V)/tau) / (tau |Y+|) on Y+ and sigmoid((R-V)/tau) / (tau |Y-|) on Y-.
     """
     margin = (at_least_fp32(rewards) - at_least_fp32(values.detach())[:, None]) / tau
@@ -1052,7 +1053,12 @@ def score_batch(run, batch):
 
 @torch.no_grad()
 def label_batch(run, batch):
-    """The mean advantage R - V of the frozen --label_rms: they are never trained, so once per batch."""
+    """The mean advantage of --rm as it was and the frozen --label_rms: never trained, so taken once per batch.
+
+    Why: with a_k = a* + e_k for reward model k, splitting by the sign of the student's own a confirms its error e_1.
+    Models of one recipe and other seeds have errors that are partly independent: the mean of M has the true sign more
+    often, and where it differs from the student's sign the loss corrects the student.
+    """
     group, sums = batch.lengths.shape[1], 0
     for rm in run.labels:
         rewards, features = score(rm, batch.chats, run.cfg.micro_tokens)
@@ -1601,8 +1607,8 @@ def learn(run, batch):
         policy_step(run, batch, positive | negative, valid)
     log.put(health=health(run))
 
-TO_SAVE_MEMORY = ("lower --micro_tokens (scores, log-probs and updates), --cache_tokens (rollout) or --max_new_tokens, or "
-                  "set --offload")
+TO_SAVE_MEMORY = ("lower --micro_tokens (scores, log-probs and updates), --cache_tokens (rollout) or --max_new_tokens, "
+                  "or set --offload")
 
 def rehearse(run):
     """Put the longest batch that can come through every phase and throw it away: too little memory shows now.
