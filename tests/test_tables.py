@@ -6,6 +6,7 @@ import shutil
 import statistics
 import sys
 
+import figures
 import pytest
 import tables
 import toy
@@ -90,3 +91,45 @@ def test_rows_say_what_they_are(tmp_path, monkeypatch, quick):
     for name in frozen:  # the world's own policy
         gold = json.loads((data / "rows" / name / "result.json").read_text())["gold"]
         assert gold == {key: 100 * x for key, x in first.items()}
+
+def test_figures_from_a_results_file(tmp_path):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib, which requirements.txt leaves out")
+    curve = {"accuracy": {"0": 90.0, "20": 91.0}, **{name: [0.5, 0.6] for name in figures.PANELS}}
+    rows = {name: [{"curves": curve}] * 2 for name in figures.STYLES} | {"the ensemble itself": [{"curves": {}}] * 2}
+    results = {"table1": {world: {"seeds": [1, 2], "rows": rows} for world in toy.WORLDS}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    figures.main(["--results", str(tmp_path / "results.json"), "--out", str(tmp_path)])
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("accuracy.png", "diagnostics.png"))
+
+def test_figures_without_matplotlib_or_results_are_one_line(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        with pytest.raises(SystemExit, match="^figures: matplotlib is not installed: pip install matplotlib$"):
+            figures.main(["--out", str(tmp_path)])
+    monkeypatch.setitem(sys.modules, "matplotlib", object())
+    with pytest.raises(SystemExit, match="no such file, expected results.json of run.sh table1"):
+        figures.main(["--results", str(tmp_path / "none.json"), "--out", str(tmp_path)])
+
+def test_diagnostics_are_means_of_blocks():
+    points = [(step, step) for step in range(1, 26)] + [(41, 7), (42, 9)]
+    assert tables.blocks(points) == [5.5, 15.5, 23.0, None, 8.0] and tables.blocks([]) == []
+
+def test_the_committed_results_and_the_readme_say_the_same():
+    """Every mean ± error of the README's table 1 is that of tests/results/results.json, worked out here again."""
+    root = tables.Path(__file__).resolve().parents[1]
+    worlds = json.loads((root / "tests/results/results.json").read_text())["table1"]
+    readme = (root / "README.md").read_text()
+    names = {"continual offline": "continual offline", "HL-BT": "HL-BT", "Mean Reward": "Mean Reward", "**SAVE**": "SAVE",
+             "w/o curriculum": "SAVE w/o curriculum", "w/o policy optimisation": "SAVE w/o policy optimisation",
+             "*not in the paper:* balanced loss": "balanced loss",
+             "balanced loss, labels of three RMs": "balanced, ensemble labels",
+             "the same, policy frozen": "the same, policy frozen",
+             "those three RMs' mean reward itself": "the ensemble itself"}
+    for shown, name in names.items():
+        line = next(line for line in readme.splitlines() if line.startswith(f"| {shown} |"))
+        for cell, (world, result) in zip(line.split("|")[4:7], worlds.items(), strict=True):
+            gains = [statistics.mean(run["after"].values()) - statistics.mean(first["init"].values())
+                     for run, first in zip(result["rows"][name], result["rows"]["GRPO, frozen RM"], strict=True)]
+            error = statistics.stdev(gains) / len(gains) ** 0.5
+            want = f"{statistics.mean(gains):+.2f} ±{error:.2f} ({sum(gain > 0 for gain in gains)}"
+            assert result["seeds"] == tables.SEEDS and cell.strip("* ").startswith(want), (name, world, want)
