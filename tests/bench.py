@@ -249,7 +249,7 @@ def bench_log_probs(args):
         ours, whole = results["ours", what], results["whole", what]
         speed = [b["cpu"] / a["cpu"] for a, b in zip(ours, whole)]
         memory = [a["mb"] / b["mb"] for a, b in zip(ours, whole)]
-        print(f"log-probs, {what}: {statistics.median(speed):.2f} times as fast ({min(speed):.2f} to {max(speed):.2f}), "
+        print(f"log-probs, {what}: {statistics.median(speed):.2f} x the speed ({min(speed):.2f} to {max(speed):.2f}), "
               f"{statistics.median(memory):.2f} of the memory ({min(memory):.2f} to {max(memory):.2f}); "
               f"ours {statistics.median(a['cpu'] for a in ours):.1f} CPU seconds, "
               f"{statistics.median(a['mb'] for a in ours):.0f} MB; relative difference of the sums "
@@ -331,7 +331,7 @@ PHASES = ("rollout", "score", "rm_update", "log_probs", "policy_update")
 
 
 def phases(args, *flags):
-    """Medians over the steps after the first of each *_seconds and the largest *_gb of a run; "score" is both passes."""
+    """Over the steps after the first: the median of each *_seconds, the largest *_gb; "score" is both passes."""
     with tempfile.TemporaryDirectory() as out:
         words = ["--policy", args.policy, "--rm", args.rm, "--prompts", args.prompts, "--out", out, "--steps",
                  str(args.repeats + 1), "--save_every", "0", "--show_every", "0", *args.flags, *flags]

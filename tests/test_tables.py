@@ -119,8 +119,9 @@ def test_the_committed_results_and_the_readme_say_the_same():
     root = tables.Path(__file__).resolve().parents[1]
     worlds = json.loads((root / "tests/results/results.json").read_text())["table1"]
     readme = (root / "README.md").read_text()
-    names = {"continual offline": "continual offline", "HL-BT": "HL-BT", "Mean Reward": "Mean Reward", "**SAVE**": "SAVE",
-             "w/o curriculum": "SAVE w/o curriculum", "w/o policy optimisation": "SAVE w/o policy optimisation",
+    names = {"continual offline": "continual offline", "HL-BT": "HL-BT", "Mean Reward": "Mean Reward",
+             "**SAVE**": "SAVE", "w/o curriculum": "SAVE w/o curriculum",
+             "w/o policy optimisation": "SAVE w/o policy optimisation",
              "*not in the paper:* balanced loss": "balanced loss",
              "balanced loss, labels of three RMs": "balanced, ensemble labels",
              "the same, policy frozen": "the same, policy frozen",
