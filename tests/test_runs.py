@@ -336,7 +336,7 @@ def bad(anchored, tmp_path_factory):
     ("--stage all", "preference"), ("--steps -1", "-1: "), ("--steps 0", "more than 0"), ("--lr_rm nan", "nan: "),
     ("--lr_policy -0.1", "-0.1: "), ("--kl_coef inf", "inf: "), ("--top_p 1.5", "at most 1"), ("--m0 2", "at most 1"),
     ("--group 1", "2 or more"), ("--keep 0", "more than 0"), ("--batch 3", "ranks (2)"), ("--device cuda", "GPU"),
-    ("--batch 4 --num_minibatches 3", "--num_minibatches (3)"), ("--emulate_world 3", "a multiple of ranks (3)"),
+    ("--batch 4 --num_minibatches 3", "--num_minibatches (3)"), ("--batch 4 --emulate_world 3", "a multiple of ranks (3)"),
     ("--tensorboard", "package"), ("--wandb", "package"),
     ("--out good.jsonl", "good.jsonl"), ("--prompts none.jsonl", "none.jsonl"), ("--prompts one.json", "list"),
     ("--max_prompt_tokens 32 --max_new_tokens 2040", "--max_new_tokens 2040: expected at most 2048 together"),
