@@ -1655,8 +1655,6 @@ def longest_cache(model, prompts, group, prompt_tokens, width):
 
 def save_stage(run, prompts, heldout):
     """Algorithm 2: the reward model and the policy train each other for T steps."""
-    if run.cfg.on_gpu:
-        rehearse(run)
     for step in each_step(run, heldout, "save"):
         save_step(run, step, draw(prompts, run.cfg.seed, "prompts", (step - 1) * run.cfg.batch, run.cfg.batch))
     save_models(run)
@@ -1736,6 +1734,8 @@ def train(cfg):
         run.log.forget_after(int(found.name.removeprefix("step_")) if found else -1)
     if preference:
         return preference_stage(run, pairs, heldout)
+    if cfg.on_gpu:  # before the value stage, which takes hours at full size
+        rehearse(run)
     if cfg.stage == "value" or (anchored and not run.rm.has_value_head and not found):
         value_stage(run, prompts)
     if cfg.stage == "value":  # nothing but the head was trained: the rest as it was before it was rounded to --dtype
