@@ -115,7 +115,7 @@ def test_diagnostics_are_means_of_blocks():
     assert tables.blocks(points) == [5.5, 15.5, 23.0, None, 8.0] and tables.blocks([]) == []
 
 def test_the_committed_results_and_the_readme_say_the_same():
-    """Every mean ± error of the README's table 1 is that of tests/results/results.json, worked out here again."""
+    """Every mean ± error of the README's tables 1 and 2 and sweeps is that of results.json, worked out here again."""
     root = tables.Path(__file__).resolve().parents[1]
     results = json.loads((root / "tests/results/results.json").read_text())
     worlds, table2 = results["table1"], results["table2"]
@@ -129,11 +129,13 @@ def test_the_committed_results_and_the_readme_say_the_same():
              "those three RMs' mean reward itself": "the ensemble itself"}
     check = [(shown, name, worlds) for shown, name in names.items()]
     check += [(name, name, table2) for name in tables.ROWS["table2"] if name.startswith("SAVE")]
+    check += [(name, name, results["sweeps"]) for name in tables.ROWS["sweeps"] if name not in tables.FROZEN]
     for shown, name, worlds in check:
         line = next(line for line in readme.splitlines() if line.startswith(f"| {shown} |"))
-        for cell, (world, result) in zip(line.split("|")[4:4 + len(worlds)], worlds.items(), strict=True):
-            gains = [statistics.mean(run["after"].values()) - statistics.mean(first["init"].values())
-                     for run, first in zip(result["rows"][name], result["rows"]["GRPO, frozen RM"], strict=True)]
+        first = 2 if worlds is results["sweeps"] else 4  # the column of the first world
+        for cell, (world, result) in zip(line.split("|")[first:first + len(worlds)], worlds.items(), strict=True):
+            gains = [statistics.mean(run["after"].values()) - statistics.mean(frozen["init"].values())
+                     for run, frozen in zip(result["rows"][name], result["rows"]["GRPO, frozen RM"], strict=True)]
             error = statistics.stdev(gains) / len(gains) ** 0.5
             want = f"{statistics.mean(gains):+.2f} ±{error:.2f} ({sum(gain > 0 for gain in gains)}"
             assert result["seeds"] == tables.SEEDS and cell.strip("* ").startswith(want), (name, world, want)
