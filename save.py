@@ -784,7 +784,8 @@ class Policy(nn.Module):
         """Output layer with the scalings that Cohere, Granite and Gemma put behind it."""
         config = self.model.config
         logits = self.model.get_output_embeddings()(hidden).float()
-        logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+        scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+        logits = logits if scale == 1 else logits * scale  # no copy where there is nothing to scale
         cap = getattr(config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -802,7 +803,7 @@ class Policy(nn.Module):
         logits = self.logits(hidden) / temperature
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
 
-    def forward(self, input_ids, lengths, prompt_lengths, temperature, chunk=1024):
+    def forward(self, input_ids, lengths, prompt_lengths, temperature, chunk=512):
         """input_ids (n,T) right-padded prompt + response -> log_probs (n,R) and mask (n,R) of the response tokens.
 
         The vocabulary is only ever expanded for `chunk` tokens at a time, in the backward pass too.
