@@ -5,6 +5,7 @@
     python tests/bench.py steps --policy DIR --rm DIR --prompts FILE   a SAVE step beside a step with the RM frozen
     python tests/bench.py trl --policy DIR --rm DIR                    a GRPO and a SAVE step beside TRL's GRPOTrainer
     python tests/bench.py log_probs --policy DIR   log-probs and their gradient beside whole logits
+    python tests/bench.py gains --policy DIR --rm DIR    each technique beside the same code without it
     python tests/bench.py models --out DIR [--size full]               random weights, of the paper's shapes or tiny
     python tests/bench.py phases --policy DIR --rm DIR --prompts FILE  seconds, memory and utilisation of each phase
     python tests/bench.py growth --policy DIR --rm DIR --prompts FILE  a step by group size, response length and ranks
@@ -14,6 +15,7 @@ Each figure is the median over --repeats; ratios are taken pair by pair. CPU sec
 """
 import argparse
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
@@ -62,7 +64,7 @@ def compare(ours, theirs, repeats, name="generate", warm_up=1):
 
 def bench_rollout(args):
     """Useful response tokens per second, G = 16, our rollout and generate(num_return_sequences=16)."""
-    policy = save.Policy.from_pretrained(args.policy)
+    policy = save.Policy.from_pretrained(args.policy).float()
     tokenizer = policy.tokenizer
     filler = " ".join(f"Item {i}: the quick brown fox jumps over the lazy dog." for i in range(60))
     long = [tokenizer.decode(tokenizer(filler)["input_ids"][i:i + 270]) for i in (0, 40)]
@@ -258,7 +260,7 @@ def bench_log_probs(args):
 
 def log_probs_variant(args):
     """`ours`: sorted micro-batches, no mask, response positions only. `whole`: fours in order, mask, all logits."""
-    policy = save.Policy.from_pretrained(args.policy)
+    policy = save.Policy.from_pretrained(args.policy).float()
     policy.model.model.layers = policy.model.model.layers[:args.layers]
     numbers = torch.Generator().manual_seed(0)
     rows = [(torch.randint(10, 1000, (48 + int(n),), generator=numbers).tolist(), 48)
@@ -286,6 +288,72 @@ def log_probs_variant(args):
                 result.backward()
             summed += result.item()
     print(json.dumps({"mb": memory_mb("VmHWM") - base, "cpu": time.process_time() - cpu, "sum": summed}))
+
+
+# ---------------------------------------------------------------- each technique beside the same code without it
+def without(function, line, plain):
+    """`function` of save.py with one expression of its source replaced."""
+    source = inspect.getsource(function)
+    if source.count(line) != 1:
+        raise ValueError(f"{function.__name__} has {source.count(line)} times {line!r}, expected 1")
+    names = dict(vars(save))
+    exec(source.replace(line, plain), names)
+    return names[function.__name__]
+
+
+def bench_gains(args):
+    """CPU seconds without each technique over those with it, in turn. Rollouts: seconds per token."""
+    policy = save.Policy.from_pretrained(args.policy).float()
+    rm = save.RewardModel.from_pretrained(args.rm, new_head=True).float()
+    ids = [save.encode_chat(policy.tokenizer, [{"role": "user", "content": text}], True) for text in SHORT]
+    keep_all = without(save.decode, "len(running) <= len(rows) * 7 // 8", "False")
+    numbers = torch.Generator().manual_seed(0)
+    chats = [(torch.randint(10, 1000, (40 + int(n),), generator=numbers).tolist(), 40)
+             for n in (4.3 + 0.7 * torch.randn(32, generator=numbers)).exp().clamp(8, 320)]
+
+    def sampled(seed, group=16, decode=save.decode, **change):
+        seeds = [save.seed_for(seed, row) for row in range(len(ids) * 16)]
+        prompts = ids if group > 1 else [prompt for prompt in ids for _ in range(16)]
+        with unittest.mock.patch.object(save, "decode", decode):
+            responses, _ = save.rollout(policy, prompts, group, seeds, max_new_tokens=48, **SAMPLING | change)
+        return sum(map(len, responses))
+
+    def scored(in_order=False):
+        batches = (lambda rows, *_: [list(rows)[i:i + 8] for i in range(0, 32, 8)]) if in_order else save.micro_batches
+        with unittest.mock.patch.object(save, "micro_batches", batches):
+            save.score(rm, chats, 8 * 130)
+        return 1
+
+    def updated(rows):
+        save.accumulate(rm, save.micro_batches(rows, chats, 1024), lambda model, rows: model(
+            *save.model_inputs([chats[row] for row in rows], "cpu"))[0].sum())
+        return 1
+
+    def values():  # V from a pass over the prompts alone, one for each group of 16
+        save.score(rm, [(chat[:40], 40) for chat, _ in chats[::16]], 1024)
+        return scored()
+
+    cases = {
+        "rollout": (sampled, {"a prefill for each response": lambda seed: sampled(seed, group=1),
+                              "ended rows kept": lambda seed: sampled(seed, decode=keep_all),
+                              "the whole vocabulary sorted": lambda seed: sampled(seed, top_k=0)}),
+        "score": (lambda seed: scored(), {"batches of 8 in order": lambda seed: scored(True),
+                                          "V from a pass of its own": lambda seed: values()}),
+        "RM update": (lambda seed: updated(range(0, 32, 2)),
+                      {"rows without a gradient too": lambda seed: updated(range(32))})}
+    ratios = {}
+    for seed in tqdm(range(args.repeats), leave=False):
+        for phase, (ours, plain) in cases.items():
+            seconds = {}
+            for name, run in {"": ours, **plain}.items():
+                start = time.process_time()
+                count = run(seed)
+                seconds[name] = (time.process_time() - start) / count
+            for name in plain:
+                ratios.setdefault((phase, name), []).append(seconds[name] / seconds[""])
+    for (phase, name), runs in ratios.items():
+        print(f"{phase}, {name}: x {statistics.median(runs):.2f} ({min(runs):.2f} to {max(runs):.2f}, "
+              f"{len(runs)} repeats)")
 
 
 # ---------------------------------------------------------------- phases, at full size and how they grow
@@ -505,8 +573,8 @@ def print_texts(pipe, rows, every, different, budget):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("what", choices=["rollout", "memory", "steps", "trl", "log_probs", "models", "phases", "growth",
-                                         "scoring"])
+    parser.add_argument("what", choices=["rollout", "memory", "steps", "trl", "log_probs", "gains", "models", "phases",
+                                         "growth", "scoring"])
     parser.add_argument("--policy")
     parser.add_argument("--rm")
     parser.add_argument("--prompts")
@@ -527,6 +595,6 @@ if __name__ == "__main__":
     args, args.flags = parser.parse_known_args()  # the rest goes to save.py
     variants = {"memory": memory_variant, "trl": trl_variant, "log_probs": log_probs_variant}
     benches = {"rollout": bench_rollout, "memory": bench_memory, "steps": bench_steps, "trl": bench_trl,
-               "log_probs": bench_log_probs, "models": make_models, "phases": bench_phases, "growth": bench_growth,
-               "scoring": bench_scoring}
+               "log_probs": bench_log_probs, "gains": bench_gains, "models": make_models, "phases": bench_phases,
+               "growth": bench_growth, "scoring": bench_scoring}
     (variants if args.variant else benches)[args.what](args)

@@ -1,7 +1,7 @@
 """SAVE, HL-BT and Mean Reward on a real model and real preferences, judged on real benchmarks with paired intervals.
 
     python tests/real.py --model DIR --data DIR --out runs/real            # one GPU: all pairs, 100 steps, G = 16
-    python tests/real.py --model DIR --data DIR --out runs/real --quick    # two CPU cores, about an hour
+    OMP_NUM_THREADS=1 python tests/real.py --model DIR --data DIR --out runs/real --quick --jobs 2   # two CPU cores
 
 --model: a small chat model (a causal LM), policy and start of the reward model. --data: a folder with
 preferences/preferences_{train,heldout}.jsonl.gz (prompt, chosen, rejected) and the files of `eval.py --data`.
@@ -9,6 +9,7 @@ The reward model is trained on the pairs (or given: --rm), then its value head, 
 A stage whose folder is there is not run again.
 """
 import argparse
+import concurrent.futures
 import gzip
 import json
 import random
@@ -21,15 +22,16 @@ from transformers import AutoTokenizer
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("save", "hl_bt", "mean_reward")
 FULL = {
-    "tokens": 1024, "pairs": 10 ** 6, "bench": ["judgebench", "rmbench"],
+    "tokens": 1024, "pairs": 10 ** 6, "suffix": "", "bench": ["judgebench", "rmbench"],
     "preference": "--batch 32 --epochs 1 --lr_rm 2e-5 --lr_schedule linear --max_prompt_tokens 512",
     "save": "--steps 100 --batch 8 --group 16 --max_new_tokens 256 --max_prompt_tokens 512 --lr_rm 1e-6 "
             "--value_lr 2e-3 --value_epochs 10 --lr_value 1e-4"}
-QUICK = {  # pairs and prompts that two cores can afford
-    "tokens": 190, "pairs": 320, "bench": [],
+QUICK = {  # pairs and prompts that two cores can afford; the suffix makes answers end within 64 tokens
+    "tokens": 190, "pairs": 320, "bench": [], "suffix": " Answer in one short sentence.",
     "preference": "--batch 16 --epochs 1 --lr_rm 2e-5 --lr_schedule linear --micro_tokens 1024",
-    "save": "--steps 12 --batch 4 --group 4 --max_new_tokens 48 --max_prompt_tokens 64 --lr_rm 1e-5 --value_prompts 16 "
-            "--value_k 4 --value_lr 2e-3 --value_epochs 10 --lr_value 1e-3 --micro_tokens 1024 --show_every 6"}
+    "save": "--steps 30 --batch 4 --group 4 --max_new_tokens 64 --max_prompt_tokens 72 --lr_rm 1e-5 --value_prompts 64 "
+            "--value_k 4 --value_batch 16 --value_lr 2e-3 --value_epochs 15 --lr_value 1e-3 --micro_tokens 1024 "
+            "--show_every 10"}
 
 
 def call(script, *words):
@@ -51,7 +53,7 @@ def pairs(args, size, name, limit):
     return path
 
 
-def main():
+def main(argv=None):
     """Preference stage, value stage, the methods, eval.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -59,7 +61,8 @@ def main():
     parser.add_argument("--out", default="runs/real")
     parser.add_argument("--rm", help="a reward model folder instead of the preference stage")
     parser.add_argument("--quick", action="store_true")
-    args, flags = parser.parse_known_args()  # the rest goes to save.py's joint training
+    parser.add_argument("--jobs", type=int, default=1, help="methods trained side by side")
+    args, flags = parser.parse_known_args(argv)  # the rest goes to save.py's joint training
     size, out = QUICK if args.quick else FULL, Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     train, heldout = pairs(args, size, "train", size["pairs"]), pairs(args, size, "heldout", 10 ** 6)
@@ -67,14 +70,17 @@ def main():
     if not Path(rm).is_dir():
         call("save.py", "--stage", "preference", "--rm", args.model, "--pairs", train, "--heldout", heldout, "--out",
              out / "preference", "--bad_rows", "drop", *size["preference"].split())
-    common = ["--policy", args.model, "--prompts", train, "--bad_rows", "drop", "--save_every", "0",
+    prompts = out / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(json.loads(line)["prompt"] + size["suffix"]) + "\n"
+                               for line in train.read_text().splitlines()))
+    common = ["--policy", args.model, "--prompts", prompts, "--bad_rows", "drop", "--save_every", "0",
               *size["save"].split(), *flags]
     if not (out / "value" / "rm").is_dir():
         call("save.py", "--stage", "value", "--rm", rm, "--out", out / "value", *common)
-    for method in METHODS:
-        if not (out / method / "rm").is_dir():
-            call("save.py", "--stage", "save", "--rm", out / "value" / "rm", "--rm_update", method, "--out",
-                 out / method, *common)
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda method: call("save.py", "--stage", "save", "--rm", out / "value" / "rm", "--rm_update",
+                                          method, "--out", out / method, *common),
+                      [method for method in METHODS if not (out / method / "rm").is_dir()]))
     call("eval.py", "--rm", out / "value" / "rm", *(out / method / "rm" for method in METHODS), "--bench", heldout,
          *size["bench"], "--data", args.data, "--out", out / "eval")
 

@@ -1,0 +1,85 @@
+"""The scripts of the real-data table and of the benchmarks, on tiny models: every stage runs, and on what it says."""
+import contextlib
+import gzip
+import json
+import shutil
+
+import bench
+import eval as evaluation
+import pytest
+import real
+import torch
+
+import save
+
+
+class InThisThread(contextlib.nullcontext):
+    """save.main sets a signal handler, which only the main thread may."""
+
+    def __enter__(self):
+        return self
+
+    map = staticmethod(map)
+
+
+@pytest.mark.parametrize("given_rm", [True, False])
+def test_real_trains_the_three_methods_from_one_reward_model_and_judges_all(world, tmp_path, monkeypatch, given_rm):
+    scripts = {"save.py": save.main, "eval.py": evaluation.main}
+    monkeypatch.setattr(real, "call", lambda script, *words: scripts[script]([str(word) for word in words]))
+    monkeypatch.setattr(real.concurrent.futures, "ThreadPoolExecutor", InThisThread)
+    small = {"tokens": 64, "pairs": 16, "bench": [], "suffix": " x", "preference": "--batch 4 --device cpu",
+             "save": "--steps 1 --batch 4 --group 4 --max_new_tokens 4 --max_prompt_tokens 32 --value_prompts 4 "
+                     "--value_k 2 --show_every 0 --device cpu"}
+    monkeypatch.setattr(real, "QUICK", small)
+    pairs = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    (tmp_path / "preferences").mkdir()
+    for name in ("train", "heldout"):
+        with gzip.open(tmp_path / "preferences" / f"preferences_{name}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(pair) + "\n" for pair in pairs[:20])
+    out = tmp_path / "out"
+    words = ["--model", world / "policy", "--data", tmp_path, "--out", out, "--quick",
+             *(["--rm", world / "rm"] if given_rm else [])]
+    real.main(list(map(str, words)))
+
+    results = json.loads((out / "eval" / "results.json").read_text())
+    folders = [str(out / name / "rm") for name in ("value", *real.METHODS)]
+    assert [results[rm][str(out / "heldout.jsonl")]["rows"] for rm in folders] == [20] * 4
+    for method in real.METHODS:
+        config = json.loads((out / method / "metrics.jsonl").read_text().splitlines()[0])["config"]
+        assert config["rm_update"] == method and config["rm"] == folders[0]
+    prompts = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
+    assert len(prompts) == 16 and all(prompt.endswith(" x") for prompt in prompts)
+    assert (out / "preference").exists() is not given_rm
+    shutil.rmtree(out / "eval")
+    monkeypatch.setitem(scripts, "save.py", lambda words: pytest.fail("a finished stage ran again"))
+    real.main(list(map(str, words)))
+    assert (out / "eval" / "results.json").is_file()
+
+
+def test_without_takes_one_technique_out_of_the_code_as_it_is(world):
+    """The rollout without dropping ended rows gives the same responses, and a line that is not there is an error."""
+    policy = save.Policy.from_pretrained(str(world / "policy")).float()
+    plain = bench.without(save.decode, "len(running) <= len(rows) * 7 // 8", "False")
+    assert plain.__code__.co_code != save.decode.__code__.co_code
+    sampling = {"seeds": list(range(12)), "max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    ids = [save.encode_chat(policy.tokenizer, [{"role": "user", "content": text}], True) for text in ("copy a", "b")]
+    positional = (policy, ids, 6, *sampling.values())
+    tokens, ended = save.decode(*positional)
+    again, ended_again = plain(*positional)
+    assert torch.equal(tokens, again) and torch.equal(ended, ended_again) and ended.any()
+    with pytest.raises(ValueError, match="0 times"):
+        bench.without(save.decode, "no such line", "")
+
+
+def test_both_forms_of_the_log_probs_benchmark_give_the_same_sum(world, capsys, monkeypatch):
+    sums = []
+    monkeypatch.setattr(bench, "memory_mb", lambda what: 0.0)
+    monkeypatch.setattr(bench.pathlib.Path, "write_text", lambda *_: None)  # /proc/self/clear_refs
+    monkeypatch.setattr(bench.torch, "randint", lambda low, high, *rest, randint=torch.randint, **more:
+                        randint(5, 20, *rest, **more))
+    for variant in ("ours", "whole"):
+        for direction in ("forward", "backward"):
+            bench.log_probs_variant(bench.argparse.Namespace(policy=str(world / "policy"), layers=2, variant=variant,
+                                                             direction=direction))
+            sums.append(json.loads(capsys.readouterr().out)["sum"])
+    assert sums == pytest.approx([sums[0]] * 4, rel=1e-5) and sums[0] < 0
