@@ -163,7 +163,8 @@ def bench_steps(args):
 
 
 # ---------------------------------------------------------------- a step beside TRL's
-ASKED = ["Why is the sky blue?", "Tell me a long story about a lighthouse keeper."]  # answered in more than 32 tokens
+# answered in more than 32 tokens
+ASKED = ["Explain in detail how a steam engine works.", "Tell me a long story about a lighthouse keeper."]
 STEP = {"group": 8, "max_new_tokens": 32, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "lr_policy": 2e-6,
         "kl_coef": 0.04}
 
@@ -194,7 +195,7 @@ def trl_variant(args):
         if args.variant == "trl":
             train_with_trl(args, out, marks, tokens)
         else:
-            step, prompts = save.save_step, pathlib.Path(out, "prompts.jsonl")
+            step, sample, prompts = save.save_step, save.sample, pathlib.Path(out, "prompts.jsonl")
             prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ASKED))
 
             def timed(run, *inputs):
@@ -202,8 +203,15 @@ def trl_variant(args):
                 step(run, *inputs)
                 marks.append(time.process_time())
                 tokens.append(run.log.record["response_tokens"])
+                if (args.variant == "save") is not ("rm_update_seconds" in run.log.record):
+                    raise RuntimeError(f"variant {args.variant}: expected an update of the reward model in SAVE alone")
+
+            def usable(*inputs):  # responses cut at 32 tokens would not train the reward model
+                batch = sample(*inputs)
+                batch.usable = torch.ones_like(batch.usable)
+                return batch
             flags = [word for name, x in STEP.items() for word in (f"--{name}", str(x))]
-            with unittest.mock.patch.object(save, "save_step", timed):  # --m0 0: no response is filtered
+            with unittest.mock.patch.multiple(save, save_step=timed, sample=usable):  # --m0 0: no response is filtered
                 save.main(["--policy", args.policy, "--rm", args.rm, "--prompts", str(prompts), "--out", f"{out}/run",
                            "--rm_update", "save" if args.variant == "save" else "none", "--batch", "2", "--steps", "2",
                            "--save_every", "0", "--m0", "0", "--value_prompts", "2", "--value_k", "8", "--value_epochs",
@@ -370,6 +378,8 @@ SHAPES = {  # of Qwen3-4B-Instruct-2507 and Skywork-Reward-V2-Llama-3.2-3B
               "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
              {"vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
               "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128}),
+    "small": ({"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6,
+               "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32},) * 2,  # for `growth` on a CPU
     "tiny": ({"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
               "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},) * 2}
 
@@ -425,6 +435,7 @@ def phases(args, *flags):
     result |= {name: max(step[name] for step in steps if name in step) for name in steps[0] if name.endswith("_gb")}
     seconds = [step["step_seconds"] for step in steps]
     return result | {"tokens": statistics.mean(step["response_tokens"] for step in steps),
+                     "usable": statistics.mean(step["usable"] for step in steps),
                      "spread": f"{min(seconds):.3f} to {max(seconds):.3f}"}
 
 
@@ -453,16 +464,25 @@ def bench_phases(args):
 
 
 def bench_growth(args):
-    """Seconds a step and host memory: group size, response length, ranks; each beside the first of its kind."""
-    for flag, sizes in {"--group": (4, 8, 16), "--max_new_tokens": (16, 32, 64), "ranks": (1, 2)}.items():
+    """Seconds a step and host memory: group size, response length, ranks; each beside the first of its kind.
+
+    The models of `models --size small`; tokens are those of prompts and responses that the step went through.
+    """
+    for flag, sizes in {"--group": (4, 8, 16), "--max_new_tokens": (32, 64, 128), "ranks": (1, 2)}.items():
         first = None
         for n in sizes:
+            words = ["--batch", "4", "--group", "8", "--max_new_tokens", "64", "--max_prompt_tokens", "64",
+                     "--value_prompts", "4", "--value_k", "4", "--rm_update", "mean_reward", "--m0", "0",
+                     "--temperature", "50", "--top_k", "0", "--top_p", "1"]
             args.ranks = n if flag == "ranks" else 1
-            result = phases(args, *([] if flag == "ranks" else [flag, str(n)]))
+            result = phases(args, *words, *([] if flag == "ranks" else [flag, str(n)]))
+            result["count"] = 4 * (n if flag == "--group" else 8) * (args.prompt_tokens + result["tokens"])
             first = first or result
             print(f"{flag} {n}: {result['step_seconds']:.3f} s a step ({result['spread']}), "
-                  f"x {result['step_seconds'] / first['step_seconds']:.2f} for x {n / sizes[0]:.0f}; "
-                  f"{result['host_gb'] * 1000:.0f} MB", flush=True)
+                  f"x {result['step_seconds'] / first['step_seconds']:.2f} for x "
+                  f"{result['count'] / first['count']:.2f} tokens ({result['count']:.0f}); "
+                  f"{result['usable']:.0%} of the rows usable for the RM; {result['host_gb'] * 1000:.0f} MB",
+                  flush=True)
 
 
 def rewardbench_pipeline(folder, path):
