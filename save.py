@@ -59,7 +59,6 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           DynamicCache)
-from transformers.cache_utils import DynamicLayer
 
 # ---- 2. configuration -----------------------------------------------------------------------------------------------
 
@@ -856,33 +855,6 @@ def rollout(policy, prompt_ids, group, seeds, *, max_new_tokens, temperature, to
             responses[row], ended[row] = [token for token in ids if token >= 0], end
     return responses, ended
 
-class GrowingLayer(DynamicLayer):
-    """Keys and values (n,heads,T,d) with room for 16 more tokens: torch.cat would copy all of them for each token."""
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:  # the prefill
-            return super().update(key_states, value_states, *args, **kwargs)
-        self.keys, self.values = self.append(self.keys, key_states), self.append(self.values, value_states)
-        return self.keys, self.values
-
-    @staticmethod
-    def append(cached, new, room=16):
-        """cached and new in one tensor: in place where `cached` is a view that came out of here."""
-        length, total, whole = cached.shape[2], cached.shape[2] + new.shape[2], getattr(cached, "whole", None)
-        if whole is None or whole.shape[2] < total:
-            whole = new.new_empty(*new.shape[:2], total + room, new.shape[3])
-            whole[:, :, :length] = cached
-        whole[:, :, length:total] = new
-        view = whole[:, :, :total]
-        view.whole = whole  # known to the view alone: memory is free at once when its rows are repeated or dropped
-        return view
-
-def growing_cache(config):
-    """The cache that fits the model, its full-attention layers replaced (sliding windows stay as they are)."""
-    cache = DynamicCache(config=config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
 def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
     """One wave: prefill each prompt once, then decode all rows. -> tokens (n,R), -1 after the end; ended (n,)."""
     model, device = policy.model, next(policy.parameters()).device
@@ -892,7 +864,7 @@ def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
     for i, prompt in enumerate(prompt_ids):  # left-padded: every row's next token goes into the same column
         ids[i, width - len(prompt):] = torch.tensor(prompt)
     mask = torch.arange(width + max_new_tokens, device=device) >= width - lengths[:, None]
-    cache = growing_cache(model.config)
+    cache = DynamicCache(config=model.config)
     logits = model(input_ids=ids.to(device), attention_mask=mask[:, :width].long(), past_key_values=cache,
                    position_ids=(mask[:, :width].cumsum(1) - 1).clamp(min=0), logits_to_keep=1).logits[:, -1]
     cache.batch_repeat_interleave(group)
@@ -1672,7 +1644,7 @@ def rehearse(run):
 @torch.no_grad()
 def longest_cache(model, prompts, group, prompt_tokens, width):
     """Prefill, then the last decoding step: the cache is as long as it gets in `decode`."""
-    cache, rows = growing_cache(model.config), prompts * group
+    cache, rows = DynamicCache(config=model.config), prompts * group
     ids = torch.ones(prompts, prompt_tokens, dtype=torch.long, device=model.device)
     model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
     cache.batch_repeat_interleave(group)

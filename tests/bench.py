@@ -30,7 +30,7 @@ import unittest.mock
 import torch
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding,
-                          DynamicCache, LlamaConfig, LlamaForSequenceClassification, Qwen3Config, Qwen3ForCausalLM)
+                          LlamaConfig, LlamaForSequenceClassification, Qwen3Config, Qwen3ForCausalLM)
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import eval as evaluation  # noqa: E402
@@ -313,22 +313,18 @@ def bench_gains(args):
     """CPU seconds without each technique over those with it, in turn. Rollouts: seconds per token."""
     policy = save.Policy.from_pretrained(args.policy).float()
     rm = save.RewardModel.from_pretrained(args.rm, new_head=True).float()
-    short = [save.encode_chat(policy.tokenizer, [{"role": "user", "content": text}], True) for text in SHORT]
-    long = [ids * 10 for ids in short[:1]]  # of about 350 tokens
+    ids = [save.encode_chat(policy.tokenizer, [{"role": "user", "content": text}], True) for text in SHORT]
     keep_all = without(save.decode, "len(running) <= len(rows) * 7 // 8", "False")
     numbers = torch.Generator().manual_seed(0)
     chats = [(torch.randint(10, 1000, (40 + int(n),), generator=numbers).tolist(), 40)
              for n in (4.3 + 0.7 * torch.randn(32, generator=numbers)).exp().clamp(8, 320)]
 
-    def sampled(seed, group=16, ids=short, decode=save.decode, cache=save.growing_cache, **change):
+    def sampled(seed, group=16, decode=save.decode, **change):
         seeds = [save.seed_for(seed, row) for row in range(len(ids) * 16)]
         prompts = ids if group > 1 else [prompt for prompt in ids for _ in range(16)]
-        with unittest.mock.patch.multiple(save, decode=decode, growing_cache=cache):
+        with unittest.mock.patch.object(save, "decode", decode):
             responses, _ = save.rollout(policy, prompts, group, seeds, max_new_tokens=48, **SAMPLING | change)
         return sum(map(len, responses))
-
-    def copied(config):
-        return DynamicCache(config=config)
 
     def scored(in_order=False):
         batches = (lambda rows, *_: [list(rows)[i:i + 8] for i in range(0, 32, 8)]) if in_order else save.micro_batches
@@ -348,11 +344,7 @@ def bench_gains(args):
     cases = {
         "rollout": (sampled, {"a prefill for each response": lambda seed: sampled(seed, group=1),
                               "ended rows kept": lambda seed: sampled(seed, decode=keep_all),
-                              "the cache copied for each token": lambda seed: sampled(seed, cache=copied),
                               "the whole vocabulary sorted": lambda seed: sampled(seed, top_k=0)}),
-        "rollout, long prompts": (lambda seed: sampled(seed, ids=long), {
-            "a prefill for each response": lambda seed: sampled(seed, group=1, ids=long),
-            "the cache copied for each token": lambda seed: sampled(seed, ids=long, cache=copied)}),
         "score": (lambda seed: scored(), {"batches of 8 in order": lambda seed: scored(True),
                                           "V from a pass of its own": lambda seed: values()}),
         "RM update": (lambda seed: updated(range(0, 32, 2)),
