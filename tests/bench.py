@@ -171,7 +171,7 @@ STEP = {"group": 8, "max_new_tokens": 32, "temperature": 0.7, "top_p": 0.8, "top
 
 def bench_trl(args):
     """Process CPU seconds and peak memory of one step, each variant in its own process, in turn."""
-    results = {"grpo": [], "save": [], "trl": []}
+    results = {variant: [] for variant in (*args.variants, "trl")}
     for _ in tqdm(range(args.repeats), leave=False):
         for variant, runs in results.items():
             done = subprocess.run([sys.executable, __file__, "trl", "--policy", args.policy, "--rm", args.rm,
@@ -203,17 +203,18 @@ def trl_variant(args):
                 step(run, *inputs)
                 marks.append(time.process_time())
                 tokens.append(run.log.record["response_tokens"])
-                if (args.variant == "save") is not ("rm_update_seconds" in run.log.record):
+                if (args.variant != "grpo") is not ("rm_update_seconds" in run.log.record):
                     raise RuntimeError(f"variant {args.variant}: expected an update of the reward model in SAVE alone")
 
             def usable(*inputs):  # responses cut at 32 tokens would not train the reward model
                 batch = sample(*inputs)
                 batch.usable = torch.ones_like(batch.usable)
+                batch.usable[:, 1::2] = args.variant != "half"
                 return batch
             flags = [word for name, x in STEP.items() for word in (f"--{name}", str(x))]
             with unittest.mock.patch.multiple(save, save_step=timed, sample=usable):  # --m0 0: no response is filtered
                 save.main(["--policy", args.policy, "--rm", args.rm, "--prompts", str(prompts), "--out", f"{out}/run",
-                           "--rm_update", "save" if args.variant == "save" else "none", "--batch", "2", "--steps", "2",
+                           "--rm_update", "none" if args.variant == "grpo" else "save", "--batch", "2", "--steps", "2",
                            "--save_every", "0", "--m0", "0", "--value_prompts", "2", "--value_k", "8", "--value_epochs",
                            "100", "--value_lr", "0.05", "--lr_rm", "1e-7", "--max_prompt_tokens", "64", *flags])
     print(json.dumps({"cpu": marks[3] - marks[2], "mb": memory_mb("VmHWM"), "tokens": tokens[1]}))
@@ -313,13 +314,14 @@ def bench_gains(args):
     """CPU seconds without each technique over those with it, in turn. Rollouts: seconds per token."""
     policy = save.Policy.from_pretrained(args.policy).float()
     rm = save.RewardModel.from_pretrained(args.rm, new_head=True).float()
-    ids = [save.encode_chat(policy.tokenizer, [{"role": "user", "content": text}], True) for text in SHORT]
+    short = [save.encode_chat(policy.tokenizer, [{"role": "user", "content": text}], True) for text in SHORT]
+    long = [ids * 10 for ids in short[:1]]  # of about 350 tokens
     keep_all = without(save.decode, "len(running) <= len(rows) * 7 // 8", "False")
     numbers = torch.Generator().manual_seed(0)
     chats = [(torch.randint(10, 1000, (40 + int(n),), generator=numbers).tolist(), 40)
              for n in (4.3 + 0.7 * torch.randn(32, generator=numbers)).exp().clamp(8, 320)]
 
-    def sampled(seed, group=16, decode=save.decode, **change):
+    def sampled(seed, group=16, ids=short, decode=save.decode, **change):
         seeds = [save.seed_for(seed, row) for row in range(len(ids) * 16)]
         prompts = ids if group > 1 else [prompt for prompt in ids for _ in range(16)]
         with unittest.mock.patch.object(save, "decode", decode):
@@ -345,6 +347,8 @@ def bench_gains(args):
         "rollout": (sampled, {"a prefill for each response": lambda seed: sampled(seed, group=1),
                               "ended rows kept": lambda seed: sampled(seed, decode=keep_all),
                               "the whole vocabulary sorted": lambda seed: sampled(seed, top_k=0)}),
+        "rollout, long prompts": (lambda seed: sampled(seed, ids=long), {
+            "a prefill for each response": lambda seed: sampled(seed, group=1, ids=long)}),
         "score": (lambda seed: scored(), {"batches of 8 in order": lambda seed: scored(True),
                                           "V from a pass of its own": lambda seed: values()}),
         "RM update": (lambda seed: updated(range(0, 32, 2)),
@@ -598,6 +602,8 @@ if __name__ == "__main__":
     parser.add_argument("--policy")
     parser.add_argument("--rm")
     parser.add_argument("--prompts")
+    parser.add_argument("--variants", nargs="+", choices=["grpo", "save", "half"], default=["grpo", "save", "half"],
+                        help="trl: beside TRL; half: SAVE with every second row left out of the RM's update")
     parser.add_argument("--out", help="models: where to write")
     parser.add_argument("--size", choices=SHAPES, default="tiny")
     parser.add_argument("--prompt_tokens", type=int, default=256, help="models: length of the prompts")
