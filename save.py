@@ -800,8 +800,7 @@ class Policy(nn.Module):
 
     def token_log_probs(self, hidden, targets, temperature):
         """log pi(target) at the sampling temperature over the full vocabulary. hidden (M,H), targets (M,) -> (M,)."""
-        logits = self.logits(hidden).div_(temperature)  # in place: nothing needs the logits before it
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+        return -F.cross_entropy(self.logits(hidden) / temperature, targets, reduction="none")
 
     def forward(self, input_ids, lengths, prompt_lengths, temperature, chunk=512):
         """input_ids (n,T) right-padded prompt + response -> log_probs (n,R) and mask (n,R) of the response tokens.
