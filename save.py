@@ -2,27 +2,29 @@
 
     bash run.sh                                               # laptop: builds a small world, runs the whole pipeline
     python save.py --policy DIR --rm DIR --prompts FILE       # one process, your models and your prompts
-    torchrun --nproc-per-node 4 save.py --algo rloo           # the paper's run: every default below is its Table 8
+    torchrun --nproc-per-node 4 save.py                       # the paper's main run: the defaults are its Table 8
+    torchrun --nproc-per-node 4 save.py --algo rloo           # the same with RLOO, as in its Table 2
 
-Algorithm 2, one step t of T:
-    1  threshold mu(t)                                   curriculum_threshold         Eq. 14
-    2  sample G responses for each of P prompts          rollout
-    3  R(x,y) and V(x) from one forward                  score                        a = R - V, Eq. 13
-    4  keep |a| large enough, split by sign              partition                    Eq. 15-17
-    5  contrastive loss -> backbone and reward head      reward_model_step            Eq. 18-20
-    6  score the same responses again                    score
-    7  value head towards the group mean                 value_step                   Eq. 21
-    8  filter again with the improved RM                 partition
-    9  GRPO | RLOO | GSPO on the survivors               policy_step
+Algorithm 2, step t of T                             here                     lines    equations
+    1  threshold mu(t)                               curriculum_threshold     2        14
+    2  G responses for each of P prompts             sample, rollout          3-5
+    3  R(x,y) and V(x) from one forward              score_batch              7        a = R - V, 13
+    4  keep |a| large enough, split by sign          label, partition         8-11     15-17
+    5  contrastive loss -> backbone, reward head     reward_model_step        13       18-20
+    6  score the same responses again                score_batch
+    7  value head towards the group mean             value_step               14       21
+    8  filter again with the improved RM             label, partition         15-16
+    9  GRPO | RLOO | GSPO on the survivors           policy_step              17
 
-Symbols                                                  Shapes
-    pi_theta   the policy            `policy`            P   prompts of a step, all ranks together
-    R_omega,phi  the reward          `rewards` (P,G)     G   responses per prompt (`group`)
-    V_omega,psi  the value anchor    `values` (P,)       N   rows = P*G, T tokens, H hidden size
-    Y+, Y-, B~   `positive`, `negative` (P,G), `valid` (P,)
+Symbols                                              Shapes
+    pi_theta       the policy        `policy`        P   prompts of a step, all ranks together
+    R_omega,phi    the reward        `rewards` (P,G)     G   responses per prompt (`group`)
+    V_omega,psi    the value anchor  `values` (P,)       N   rows = P*G, T tokens, H hidden size
+    Y+, Y-, B~     `positive`, `negative` (P,G), `valid` (P,)
 
-Every rank works on its own prompts (RANK::WORLD) but sees the (P,G) numbers of all of them, so a loss over groups,
-its denominators and every logged mean are computed once, globally, and are the same on any number of ranks.
+To fork it: a loss is a row of RM_UPDATES, an advantage a row of ALGORITHMS, a judge takes the place of `label`; also
+from a file that imports this one (tests/forks/). Every rank works on its own prompts (RANK::WORLD) but sees the (P,G)
+numbers of all, so a loss over groups, its denominators and every logged mean are computed once, over all ranks.
 """
 import argparse
 import contextlib
@@ -31,20 +33,19 @@ import dataclasses
 import functools
 import gzip
 import hashlib
-import importlib
 import inspect
 import json
 import math
 import os
 import platform
 import re
-import resource
 import shutil
 import signal
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import safetensors.torch
 import torch
@@ -60,7 +61,7 @@ from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           DynamicCache)
 
-# ---- 2. configuration -----------------------------------------------------------------------------------------------
+# ---- 1. configuration -----------------------------------------------------------------------------------------------
 
 class UsageError(Exception):
     """Bad input. Printed as one line, exit code 2, before anything is written."""
@@ -73,424 +74,233 @@ def fail(message):
 class Config:
     """Every knob, as a flag of the same name. "Table 8" marks the paper's value."""
     # what to run, on what
-    stage: str = ""                  # preference | value | save; empty: value (if the RM has no value head), then save
-    algo: str = "grpo"               # grpo | rloo | gspo | reinforce++
-    rm_update: str = "save"          # save | balanced | hl_bt | mean_reward | offline | none: see RM_LOSSES
+    stage: str = ""                  # preference, value or save; empty: value (if the RM has no value head), then save
+    algo: str = "grpo"               # how the policy learns, a row of ALGORITHMS
+    rm_update: str = "save"          # how the reward model learns, a row of RM_UPDATES
     policy: str = "Qwen/Qwen3-4B-Instruct-2507"                           # folder or hub name, causal LM
     rm: str = "Skywork/Skywork-Reward-V2-Llama-3.2-3B"                    # the same, sequence classifier, 1 label
-    prompts: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"    # .json, .jsonl(.gz) or hub name[:split]
+    prompts: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"    # .json(l)(.gz), .parquet or hub name[:split]
     pairs: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"      # the same, with chosen and rejected
     heldout: list = dataclasses.field(default_factory=list)               # pair files to log the RM's accuracy on
     out: str = "out"                 # folder for rm/, policy/, metrics.jsonl, samples.jsonl, checkpoints/
     # the method
-    steps: int = None                # T; none: 320 (Table 8), or `epochs` passes over the pairs in stage preference
+    steps: int = None                # T; none: 320 (Table 8), or one pass over the pairs in stage preference
     batch: int = 32                  # prompts (or pairs) per step over all ranks (Table 8)
     group: int = 16                  # G responses per prompt (Table 8)
-    m0: float = 0.5                  # initial margin of the curriculum, Eq. 14 (Table 8)
-    no_curriculum: bool = False      # the paper's ablation: keep every response, split by sign only
-    freeze_policy: bool = False      # the paper's ablation: fresh responses, but no policy update
-    label_rms: list = dataclasses.field(default_factory=list)  # frozen RMs that filter and split, together with --rm
+    m0: float = 0.5                  # initial margin of the curriculum, Eq. 14 (Table 8); 0: no curriculum, all are kept
     kl_coef: float = 0.04            # beta, KL to the initial policy (Table 8)
     lr_rm: float = None              # backbone and reward head; none: 1e-7 (Table 8), 1e-5 in stage preference
     lr_value: float = 1e-5           # value head during SAVE (Table 8)
-    lr_policy: float = 2e-6          # policy (Table 8)
-    value_coef: float = 1.0          # lambda_V (Table 8); scales a separate Adam, so it matters only through clipping
+    lr_policy: float = 2e-6          # policy (Table 8); 0: its responses are fresh, but it stays as it is
     value_k: int = 16                # K responses per prompt in stage value (Table 8)
     value_lr: float = 2e-4           # value head in stage value (Table 8)
     value_batch: int = 32            # prompts per value-head step in stage value (Table 8)
     value_epochs: int = 1            # passes in stage value (Table 8)
     value_prompts: int = 0           # prompts used in stage value; 0: as many as SAVE will use, steps * batch
-    epochs: int = 1                  # passes over the pairs in stage preference
     # sampling
-    max_new_tokens: int = 1024       # longest response (Table 8); a response that reaches it is "truncated"
+    max_new_tokens: int = 1024       # longest response (Table 8); known responses of --prompts and --pairs too (F.1)
     temperature: float = 0.7         # Table 8; log-probs are taken at this temperature too
     top_p: float = 0.8               # Table 8
     top_k: int = 20                  # Table 8; 0: off
     # where the paper is silent
     num_minibatches: int = 1         # optimizer steps per rollout; 1: ratios are exactly 1 and GSPO equals GRPO
-    clip_low: float = None           # none: 0.2; 3e-4 for gspo
-    clip_high: float = None          # none: 0.2; 4e-4 for gspo
-    adv_group: str = "survivors"     # survivors | full: the responses that the group mean and std are taken over
-    policy_requires_both_signs: bool = False  # train the policy only on prompts of B~
-    mask_truncated: bool = False     # leave truncated responses out of the policy update too
-    v_full_group: bool = False       # let truncated responses into the value target (Eq. 21 to the letter)
-    lr_schedule: str = "constant"    # constant | linear (to 0), for all learning rates of a stage
-    max_grad_norm: float = 1.0       # per optimizer; 0: no clipping
-    # data limits
+    clip_low: float = None           # none: that of the row of ALGORITHMS, 0.2 or 3e-4 (gspo)
+    clip_high: float = None          # none: the same, 0.2 or 4e-4 (gspo)
+    lr_schedule: str = "constant"    # constant or linear (to 0), for all learning rates of a stage
     max_prompt_tokens: int = 1024    # longest prompt, template included, in policy tokens
-    max_response_tokens: int = 1024  # prompt sets with chosen and rejected: drop prompts with a longer one (F.1)
-    bad_rows: str = "auto"           # auto | error | drop: too long or malformed rows; auto: drop from hub sets only
     # machine
-    dtype: str = "auto"              # auto | float32 | bfloat16 working copy (masters: fp32); auto: bfloat16 on GPUs
-    device: str = "auto"             # auto | cpu | cuda
+    dtype: str = "auto"              # working copy (masters are fp32); auto: bfloat16 on GPUs, else float32
+    device: str = "auto"             # auto: a GPU where there is one
     offload: bool = False            # keep masters and moments in host memory and step there, as ZeRO-offload does
-    checkpointing: bool = None       # recompute activations in the backward pass; none: on a GPU
     micro_tokens: int = None         # padded tokens per micro-batch; none: 8192 on a GPU, 2048 on a CPU
     cache_tokens: int = None         # rows decoded together x their full length; none: 155648 on a GPU; 0: all rows
-    emulate_world: int = 0           # measure one rank of so many in one process: its share of prompts and states only
     seed: int = 0                    # randomness is a function of (seed, purpose, step, row)
-    # logs and checkpoints
-    save_every: int = 40             # steps between checkpoints; 0: none
-    keep: int = 2                    # checkpoints kept
-    resume: bool = False             # continue from the newest intact checkpoint under --out, if there is one
-    resume_anyway: bool = False      # resume although flags differ from the checkpoint's
+    save_every: int = 40             # steps between checkpoints, the last two are kept; 0: none
     eval_every: int = 0              # steps between accuracies on --heldout; 0: start and end only
-    show_every: int = 20             # steps between printed samples; 0: never
-    tensorboard: bool = False        # also write TensorBoard events (needs the tensorboard package)
-    wandb: bool = False              # also log to Weights & Biases (needs the wandb package)
+    resume: bool = False             # continue from the newest checkpoint under --out, if there is one
 
     @property
     def on_gpu(self):
         """Whether the models are on a GPU (after `checked`)."""
         return self.device.startswith("cuda")
 
-    @property
-    def sampling(self):
-        """The arguments of `rollout` that are flags."""
-        return {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k",
-                                                     "cache_tokens")}
-
     def checked(self):
         """Refuse what cannot work, naming the flag to change; replace every "auto" and none by what will be used."""
-        positive = ("steps", "batch", "group", "value_k", "value_batch", "value_epochs", "epochs", "max_new_tokens",
-                    "num_minibatches", "max_prompt_tokens", "max_response_tokens", "temperature", "top_p", "keep")
+        positive = ("steps", "batch", "group", "value_k", "value_batch", "value_epochs", "max_new_tokens",
+                    "num_minibatches", "max_prompt_tokens", "temperature", "top_p")
         for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
+            if isinstance(value, (int, float)) and not 0 <= value < math.inf:
                 fail(f"--{name} {value}: expected a finite number, 0 or more")
             if name in positive and value == 0 or name in ("top_p", "m0") and value > 1:
                 fail(f"--{name} {value}: expected {'more than 0' if value == 0 else 'at most 1'}")
-        ranks = self.emulate_world or WORLD
-        if self.emulate_world and WORLD > 1:
-            fail(f"--emulate_world {self.emulate_world}: expected one process, not {WORLD} ranks")
-        if self.batch % ranks or self.batch // ranks % self.num_minibatches:
-            fail(f"--batch {self.batch}: expected a multiple of ranks ({ranks}) x --num_minibatches "
+        if self.batch % WORLD or self.batch // WORLD % self.num_minibatches:
+            fail(f"--batch {self.batch}: expected a multiple of ranks ({WORLD}) x --num_minibatches "
                  f"({self.num_minibatches})")
         if self.group < 2 and self.stage in ("", "save"):
             fail(f"--group {self.group}: expected 2 or more, a group is compared with itself")
         if self.device == "cuda" and not torch.cuda.is_available():
             fail("--device cuda: no GPU is to be had here, expected cpu or auto")
         gpu = self.device != "cpu" and torch.cuda.is_available()
-        low, high = (3e-4, 4e-4) if self.algo == "gspo" else (0.2, 0.2)
+        low, high = ALGORITHMS[self.algo].clip
         used = {"device": f"cuda:{LOCAL_RANK}" if gpu else "cpu", "dtype": "bfloat16" if gpu else "float32",
-                "checkpointing": gpu, "micro_tokens": 8192 if gpu else 2048,
-                "cache_tokens": 155648 if gpu else 0, "clip_low": low, "clip_high": high,
-                "lr_rm": 1e-5 if self.stage == "preference" else 1e-7}
-        emulated = {"batch": self.batch // self.emulate_world, "save_every": 0} if self.emulate_world else {}
+                "micro_tokens": 8192 if gpu else 2048, "cache_tokens": 155648 if gpu else 0,
+                "clip_low": low, "clip_high": high, "lr_rm": 1e-5 if self.stage == "preference" else 1e-7}
         if self.stage != "preference":
             used["steps"] = 320
-        unset = {name: value for name, value in used.items() if getattr(self, name) in (None, "auto", "cuda")}
-        return dataclasses.replace(self, **unset, **emulated)
+        return dataclasses.replace(self, **{name: value for name, value in used.items()
+                                            if getattr(self, name) in (None, "auto", "cuda")})
 
 def parse_config(argv=None, kind=Config):
-    """Flags from a dataclass: name and type of each field; its comment is the help text, with choices as a | b."""
+    """Flags from a dataclass: name, type and default of each field; the comment behind it is the help text."""
+    choices = {"stage": ["preference", "value", "save"], "algo": list(ALGORITHMS), "rm_update": list(RM_UPDATES),
+               "lr_schedule": ["constant", "linear"], "dtype": ["auto", "float32", "bfloat16"],
+               "device": ["auto", "cpu", "cuda"]}
     parser = argparse.ArgumentParser(description=kind.__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: fail(message + " (--help lists the flags)")
     source = "".join(inspect.getsource(part) for part in reversed(kind.__mro__[:-1]))  # a fork may add flags
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))
     for field in dataclasses.fields(kind):
-        options = {"help": comments[field.name], "default": argparse.SUPPRESS}
+        default = "none" if field.default in (None, "", dataclasses.MISSING) else field.default
+        options = {"help": f"{comments[field.name]} [{default}]", "default": argparse.SUPPRESS}
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            choices = re.match(r"[\w+]+( \| [\w+]+)+", comments[field.name])
             options.update(type=str if field.type is list else field.type, nargs="+" if field.type is list else None,
-                           choices=choices and choices[0].split(" | "), metavar=field.type.__name__)
+                           choices=choices.get(field.name), metavar=None if field.name in choices else
+                           field.type.__name__)
         parser.add_argument("--" + field.name, **options)
     return kind(**vars(parser.parse_args(argv)))
 
-# ---- 3. ranks and devices: the only place that knows torch.distributed ----------------------------------------------
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
-                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+# ---- 2. the maths of the reward model: pure functions of tensors ----------------------------------------------------
+def at_least_fp32(x):
+    """Losses are taken in fp32 or better."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
-def start_ranks(device):
-    """Join the other ranks that torchrun started. A long timeout: one rank may decode much longer than another."""
-    if device != "cpu":
-        torch.cuda.set_device(device)
-    if WORLD > 1 and not dist.is_initialized():
-        # after a restart torchrun's store still holds the addresses of the dead ranks (pytorch issue 135712)
-        store, _, _ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=RANK, world_size=WORLD,
-                                timeout=timedelta(hours=2))
+def masked_mean(x, mask, dim=None):
+    """Mean of x where mask, 0 where nothing is; what the mask hides may be anything, inf and nan too."""
+    dims = tuple(range(x.dim())) if dim is None else dim
+    return torch.where(mask, x, 0).sum(dims) / mask.sum(dims).clamp(min=1)
 
-def stop_ranks():
-    """Leave the process group, on errors too."""
-    if WORLD > 1 and dist.is_initialized():
-        dist.destroy_process_group()
+def curriculum_threshold(step, total_steps, m0):
+    """Eq. 14: mu(t) = (2 - p) / 2 with p = min(1 - m0 + t/T, 1); t counts from 1."""
+    return (2 - min(1 - m0 + step / total_steps, 1)) / 2
 
-ASKED_TO_STOP = []
+def rm_advantages(rewards, values):
+    """Eq. 13: a = R - V. rewards (P,G), values (P,) -> (P,G)."""
+    return rewards - values[:, None]
 
-def watch_for_sigterm():
-    """Preemption: SIGTERM is noted, the run ends at its next checkpoint. Returns the handler it replaced."""
-    return signal.signal(signal.SIGTERM, lambda *_: ASKED_TO_STOP.append(True))
+def partition(advantages, threshold, usable=None):
+    """Eq. 15-17. advantages (P,G) -> positive (P,G), negative (P,G), valid (P,), all bool.
 
-def asked_to_stop():
-    """Whether any rank got SIGTERM: all of them stop at the same step."""
-    return total(len(ASKED_TO_STOP))[0] > 0
-
-def all_ranks_manage(work):
-    """work() on each rank -> whether it went well on all of them; a full disk on one rank must not hang the others."""
-    error = None
-    try:
-        work()
-    except (OSError, SafetensorError) as trouble:
-        error = trouble
-        print(f"rank {RANK}: {first_line(trouble)}", file=sys.stderr)
-    return total(error is not None)[0] == 0
-
-def barrier():
-    """Wait for every rank."""
-    if WORLD > 1:
-        dist.barrier()
-
-def one_rank_at_a_time(load):
-    """load() on rank 0, then rank 1, ...: host memory holds the weights being read by one rank only."""
-    error = None
-    for rank in range(WORLD):
-        if rank == RANK:
-            try:
-                result = load()
-            except UsageError as refusal:  # raised when all ranks are through, so that none waits for another
-                error = refusal
-        barrier()
-    if error:
-        raise error
-    return result
-
-def mine(items):
-    """This rank's share of a list or tensor over prompts. Strided, so that shares join into the same global order."""
-    return items[RANK::WORLD]
-
-def gather(share):
-    """(P/W, ...) on each rank -> (P, ...) on every rank, in the order that `mine` took the shares from."""
-    if WORLD == 1:
-        return share
-    shares = [torch.empty_like(share, dtype=torch.float32) for _ in range(WORLD)]
-    dist.all_gather(shares, share.float().contiguous())
-    return torch.stack(shares, 1).flatten(0, 1).to(share.dtype)
-
-def broadcast(tensor, source):
-    """Overwrite `tensor` on every rank with that of rank `source`."""
-    if WORLD > 1:
-        dist.broadcast(tensor, source)
-
-def total(*numbers):
-    """Each number summed over the ranks, as floats."""
-    if WORLD == 1:
-        return [float(n) for n in numbers]
-    sums = torch.tensor([float(n) for n in numbers], dtype=torch.float64,  # reinforce++ subtracts a square from squares
-                        device="cpu" if dist.get_backend() == "gloo" else "cuda")
-    dist.all_reduce(sums)
-    return sums.tolist()
-
-def accumulate(model, batches, micro_loss):
-    """Back-propagate micro_loss(model, rows) for each micro-batch; leave the sum over all of them in p.grad.
-
-    DistributedDataParallel exists only inside this function, so its gradient buckets do too. Ranks may have different
-    numbers of micro-batches (at least one): gradients are exchanged once, in the last backward. DDP averages over
-    ranks while our losses are divided by global counts, hence the factor WORLD.
+    Kept are rows with sigmoid(|a|) >= threshold (and `usable`); a = 0 counts as positive; a prompt is valid (in B~)
+    if it has both signs. Taken in fp64, where sigmoid(0) is exactly 1/2 and no |a| below 36 saturates.
     """
-    model.zero_grad()
-    model.train()  # only because transformers recomputes activations in training mode alone: dropout is removed at load
-    wrapped = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True) if WORLD > 1 else model
-    for i, rows in enumerate(batches):
-        if WORLD > 1:
-            wrapped.require_backward_grad_sync = i == len(batches) - 1
-        (micro_loss(wrapped, rows) * WORLD).backward()
-    model.eval()
+    keep = torch.sigmoid(advantages.double().abs()) >= threshold
+    if usable is not None:
+        keep = keep & usable
+    positive, negative = keep & (advantages >= 0), keep & (advantages < 0)
+    return positive, negative, positive.any(1) & negative.any(1)
 
-# ---- 4. text and data -----------------------------------------------------------------------------------------------
-DATE = "26 Jul 2024"  # Llama-3.2's template prints today's date unless told otherwise: scores would change overnight
+def bradley_terry_loss(chosen, rejected):
+    """Eq. 2 and 11: mean of -log sigmoid(R_w - R_l) over pairs. chosen, rejected (n,)."""
+    return -F.logsigmoid(at_least_fp32(chosen) - at_least_fp32(rejected)).mean()
 
-def encode_chats(tokenizer, chats, generation_prompt=False):
-    """Lists of messages -> lists of token ids, with exactly one BOS where the tokenizer wants one.
+def contrastive_loss(rewards, values, positive, negative, usable=None):
+    """Eq. 18-20, mean over valid prompts, 0 if there is none. rewards, masks (P,G); values (P,), no gradient to them.
 
-    All chat templating is done here.
+    L+ = log(e^V + sum_{Y+} e^R) - mean_{Y+} R        dL+/dR = e^R / (e^V + sum_{Y+} e^R) - 1/|Y+|
+    L- = log(e^V + sum_{Y-} e^R) - V                  dL-/dR = e^R / (e^V + sum_{Y-} e^R)
+    `usable` is what every loss of RM_UPDATES is given; here Y+ and Y- are within it already.
     """
-    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=generation_prompt,
-                                          date_string=DATE)
-    texts = [text.encode("utf-8", "replace").decode() for text in texts]  # lone surrogates cannot be tokenized
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    wants_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
-    return [[bos] + ids if wants_bos and ids[:1] != [bos] else ids for ids in rows]
+    rewards, anchor = at_least_fp32(rewards), at_least_fp32(values.detach())
 
-def encode_chat(tokenizer, messages, generation_prompt=False):
-    """One chat -> token ids."""
-    return encode_chats(tokenizer, [messages], generation_prompt)[0]
+    def log_sum(mask):
+        return torch.cat([anchor[:, None], rewards.masked_fill(~mask, -math.inf)], 1).logsumexp(1)
 
-def encode_responses(tokenizer, messages, responses):
-    """One prompt, many response texts -> [(ids, prompt_length)] in the reward model's own template.
+    loss = log_sum(positive) - masked_mean(rewards, positive, 1) + log_sum(negative) - anchor
+    return masked_mean(loss, positive.any(1) & negative.any(1))
 
-    V is read at the last token of the prompt rendered without generation prompt, which must be a token prefix of the
-    whole: true for the Llama-3, Qwen and ChatML templates, checked here for every other.
+def value_loss(values, rewards, usable=None):
+    """Eq. 12 and 21: mean of (V - mean_G R)^2 over prompts; the target carries no gradient.
+
+    values (P,), rewards (P,G). With `usable` (P,G) the group mean is over usable rows, and prompts without any are
+    left out of the outer mean.
     """
-    answered = [messages + [{"role": "assistant", "content": text}] for text in responses]
-    prompt, *rows = encode_chats(tokenizer, [messages, *answered])
-    if any(row[:len(prompt)] != prompt or len(row) == len(prompt) for row in rows):
-        fail("--rm: its chat template does not render the prompt as a token prefix of prompt and response, so one "
-             "causal pass cannot give both R and V")
-    return [(row, len(prompt)) for row in rows]
+    usable = torch.ones_like(rewards, dtype=torch.bool) if usable is None else usable
+    target = masked_mean(at_least_fp32(rewards.detach()), usable, 1)
+    return masked_mean((at_least_fp32(values) - target) ** 2, usable.any(1))
 
-def load(path, flag, kind, may_miss=(), **options):
-    """kind.from_pretrained(path), or one line that says why not."""
-    parent = Path(path).parent
-    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or (parent.parts and parent.is_dir())):
-        fail(f"--{flag} {path}: no such folder")
-    try:
-        if kind not in (AutoModelForCausalLM, AutoModelForSequenceClassification):
-            return kind.from_pretrained(path, **options)
-        model, info = kind.from_pretrained(path, output_loading_info=True, **options)
-    except Exception as error:  # transformers and the hub client raise many types: all mean that it cannot be had
-        fail(f"--{flag} {path}: expected a model folder or hub name for {kind.__name__} ({first_line(error)})")
-    missing = sorted(set(info["missing_keys"]) - set(may_miss))
-    return model if not missing else fail(f"--{flag} {path}: it has no weights for {', '.join(missing)[:80]}")
+class RMUpdate(NamedTuple):
+    """A row of RM_UPDATES: how the reward model learns from the rewards of a batch."""
+    loss: Callable | None            # loss(rewards, values, positive, negative, usable) -> scalar; none: it stays frozen
+    anchor: str                      # what V is: "value head" | "group mean" | "" (none: nothing is filtered)
 
-def load_tokenizer(path, flag):
-    """The tokenizer of a model folder or hub name; it must carry a chat template."""
-    tokenizer = load(path, flag, AutoTokenizer)
-    return tokenizer if tokenizer.chat_template else fail(f"--{flag} {path}: its tokenizer has no chat template")
+RM_UPDATES = {
+    "save": RMUpdate(contrastive_loss, "value head"),
+    "mean_reward": RMUpdate(contrastive_loss, "group mean"),  # a baseline of the paper's Table 1
+    "none": RMUpdate(None, ""),                               # plain RL with a frozen reward model
+}
 
-def first_line(error):
-    """The first non-empty line of an exception."""
-    return next((line.strip() for line in str(error).split("\n") if line.strip()), type(error).__name__)[:200]
+# ---- 3. the maths of the policy: pure functions of tensors ----------------------------------------------------------
+def grpo_advantages(rewards, keep):
+    """(r - mean) / (std + 1e-4) over the kept rows of each group. rewards, keep (P,G) -> (P,G).
 
-def read_rows(source, flag):
-    """Yield (where, row) of a .json / .jsonl file (plain or .gz) or of a hub dataset `name` or `name:split`."""
-    is_json, is_file = (source.removesuffix(".gz").endswith(ending) for ending in (".json", (".json", ".jsonl")))
-    try:
-        if Path(source).is_file() and not is_file:
-            fail(f"--{flag} {source}: expected a name that ends in .json or .jsonl, perhaps .gz")
-        if is_file:
-            with (gzip.open if source.endswith(".gz") else open)(source, "rt", encoding="utf-8") as file:
-                text = file.read().rstrip("\n")
-            rows = json.loads(text) if is_json else text.split("\n") if text else []
-        else:
-            from datasets import load_dataset  # imported here: local files do not need it
-            name, _, split = source.partition(":")
-            rows = load_dataset(name, split=split or "train")
-    except UsageError:
-        raise
-    except Exception as error:  # as in `load`
-        fail(f"--{flag} {source}: expected a JSON file or a hub dataset ({first_line(error)})")
-    if isinstance(rows, (dict, str)) or not len(rows):
-        fail(f"--{flag} {source}: expected a list of one row or more")
-    for number, row in enumerate(rows, 1):
-        where = f"--{flag} {source} row {number}"
-        try:
-            yield where, json.loads(row) if is_file and not is_json else row
-        except ValueError as error:
-            fail(f"{where}: not valid JSON ({first_line(error)})")
-
-def as_messages(value, where):
-    """A chat from a string or from a list of {"role", "content"}."""
-    if isinstance(value, str) and value.strip():
-        return [{"role": "user", "content": value}]
-    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
-        messages = [{key: message.get(key) for key in ("role", "content")} for message in value]
-        if all(isinstance(text, str) for message in messages for text in message.values()):
-            return messages
-    fail(f'{where}: expected a non-empty string or a list of {{"role", "content"}} messages, got {repr(value)[:80]}')
-
-def last_reply(value, where):
-    """The text of a response given as a string or as a whole chat that ends with it."""
-    return value if isinstance(value, str) else as_messages(value, where)[-1]["content"]
-
-def read_all(cfg, source, flag, parse):
-    """parse(row, where) of every row. A bad row of your own file stops the run; from a hub set it is dropped."""
-    strict = cfg.bad_rows == "error" or (cfg.bad_rows == "auto" and Path(source).exists())
-    parsed, count, why = [], 0, ""
-    for where, row in tqdm(read_rows(source, flag), desc=flag, disable=RANK > 0, delay=5):
-        count += 1
-        try:
-            parsed.append(parse(row, where))
-        except (UsageError, TemplateError) as error:
-            message = str(error) if isinstance(error, UsageError) else \
-                f"{where}: the chat template refuses it ({first_line(error)})"
-            if strict:
-                fail(message)
-            why = why or f"; the first: {message}"
-    kept = [item for item in parsed if item is not None]
-    say(f"{len(kept)} of {count} rows of {source} are used")
-    return kept or fail(f"--{flag} {source}: none of its {count} rows can be used{why}")
-
-def read_prompts(cfg, tokenizer):
-    """[(messages, policy token ids)] of --prompts: rows are strings, message lists, or {"prompt": either}."""
-    def parse(row, where):
-        messages = as_messages(row.get("prompt", row.get("messages")) if isinstance(row, dict) else row, where)
-        if messages[-1]["role"] == "assistant":
-            fail(f"{where}: the prompt ends with an assistant message, expected the user's")
-        ids = encode_chat(tokenizer, messages, generation_prompt=True)
-        if len(ids) > cfg.max_prompt_tokens:
-            fail(f"{where}: a prompt of {len(ids)} tokens, expected at most --max_prompt_tokens "
-                 f"{cfg.max_prompt_tokens} (--bad_rows drop leaves it out)")
-        # F.1 on responses and 1024 tokens is read as R2M has it: leave out prompts whose known responses are longer
-        replies = [last_reply(row[side], where) for side in ("chosen", "rejected")
-                   if isinstance(row, dict) and side in row]
-        short = all(len(reply.encode("utf-8", "replace")) <= cfg.max_response_tokens  # a token has a byte or more
-                    or len(tokenizer(reply)["input_ids"]) <= cfg.max_response_tokens for reply in replies)
-        return (messages, ids) if short else None
-    return read_all(cfg, cfg.prompts, "prompts", parse)
-
-def read_pairs(cfg, source, flag, tokenizer):
-    """Rows of prompt, chosen, rejected -> [(chosen, rejected)], each (ids, prompt_length) in the RM's template."""
-    limit = cfg.max_prompt_tokens + cfg.max_response_tokens
-
-    def parse(row, where):
-        missing = [side for side in ("chosen", "rejected") if not isinstance(row, dict) or not row.get(side)]
-        if missing:
-            fail(f"{where}: a pair needs both sides, {' and '.join(missing)} missing or empty")
-        prompt = row.get("prompt") or (row["chosen"][:-1] if isinstance(row["chosen"], list) else None)
-        sides = encode_responses(tokenizer, as_messages(prompt, where),
-                                 [last_reply(row[side], where) for side in ("chosen", "rejected")])
-        longest = max(len(ids) for ids, _ in sides)
-        if longest > limit:
-            fail(f"{where}: a pair of {longest} tokens, expected at most --max_prompt_tokens + --max_response_tokens "
-                 f"= {limit} (--bad_rows drop leaves it out)")
-        return sides
-    return read_all(cfg, source, flag, parse)
-
-def pad(rows, device):
-    """Lists of token ids -> (ids (n,T) right-padded with 0, lengths (n,)). Causal models never look at the padding."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    return ids.to(device), torch.tensor([len(row) for row in rows], device=device)
-
-def micro_batches(rows, sequences, budget):
-    """Split row numbers into lists of at most `budget` padded tokens (at least one row each), longest rows first.
-
-    The longest come first so that too little memory shows at once; sorting keeps padding to a few percent.
+    std with Bessel's correction. 0 where not kept, and in groups with fewer than two kept rows or with equal rewards:
+    fp64 because the fp32 mean of equal numbers may differ from them, which 1e-4 would blow up to an advantage of 0.01.
     """
-    batches, width = [], 0
-    for row in sorted(rows, key=lambda row: (-len(sequences[row][0]), row)):
-        if not batches or (len(batches[-1]) + 1) * width > budget:
-            batches.append([])
-            width = len(sequences[row][0])
-        batches[-1].append(row)
-    return batches
+    dtype, rewards = rewards.dtype, rewards.double()
+    count = keep.sum(1, keepdim=True)
+    centred = rewards - masked_mean(rewards, keep, 1)[:, None]
+    variance = torch.where(keep, centred ** 2, 0).sum(1, keepdim=True) / (count - 1).clamp(min=1)
+    return torch.where(keep & (count > 1), centred / (variance.sqrt() + 1e-4), 0).to(dtype)
 
-def model_inputs(sequences, device):
-    """[(ids, prompt_length)] -> input_ids (n,T) right-padded, lengths (n,), prompt_lengths (n,): for both models."""
-    return *pad([ids for ids, _ in sequences], device), torch.tensor([length for _, length in sequences], device=device)
+def rloo_advantages(rewards, keep):
+    """r minus the mean of the other kept rows of its group. rewards, keep (P,G) -> (P,G); 0 as in grpo_advantages."""
+    dtype, rewards = rewards.dtype, rewards.double()
+    count = keep.sum(1, keepdim=True)
+    others = torch.where(keep, rewards, 0).sum(1, keepdim=True) - rewards
+    return torch.where(keep & (count > 1), rewards - others / (count - 1).clamp(min=1), 0).to(dtype)
 
-def seed_for(*purpose):
-    """A 63-bit seed from (seed, purpose, step, row, ...): no generator state to save, no replay on resume."""
-    return int.from_bytes(hashlib.blake2b(repr(purpose).encode(), digest_size=8).digest(), "big") >> 1
+class Algorithm(NamedTuple):
+    """A row of ALGORITHMS: how the policy learns from the rewards of the survivors."""
+    advantages: Callable             # advantages(rewards, keep) -> (P,G)
+    ratio: str                       # log-ratio of a row: "token" by token | "mean" over its tokens | their "sum"
+    kl: str                          # "loss": k3 per token in the loss | "reward": k1 of the response in its reward
+    clip: tuple                      # (low, high) unless --clip_low and --clip_high say otherwise
 
-def generator(*purpose):
-    """A CPU generator for one purpose, so that a GPU draws the same numbers."""
-    return torch.Generator().manual_seed(seed_for(*purpose))
+ALGORITHMS = {
+    "grpo": Algorithm(grpo_advantages, "token", "loss", (0.2, 0.2)),
+    "rloo": Algorithm(rloo_advantages, "sum", "reward", (0.2, 0.2)),
+    "gspo": Algorithm(grpo_advantages, "mean", "loss", (3e-4, 4e-4)),  # grpo while all ratios are 1
+}
 
-@functools.lru_cache(2)
-def permutation(count, *purpose):
-    """The order of `count` rows in one epoch."""
-    return torch.randperm(count, generator=generator(*purpose)).tolist()
+def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, algo, clip_low, clip_high, kl_coef):
+    """Clipped surrogate, mean over a row's tokens, then over rows with any. Log-probs and mask (N,T), advantages (N,)
+    or (N,T); `algo` is a row of ALGORITHMS.
 
-def draw(items, seed, purpose, start, count):
-    """Items start .. start+count-1 of an endless stream of shuffled epochs."""
-    return [items[permutation(len(items), seed, purpose, i // len(items))[i % len(items)]]
-            for i in range(start, start + count)]
+    With algo.kl "loss", kl_coef * k3 is added per token, k3 = exp(ref - lp) - (ref - lp) - 1.
+    Returns (loss, {"kl": k3 per token, "clipped": share of tokens whose ratio is clipped}).
+    """
+    mask = mask.bool()
+    log_ratio = torch.where(mask, at_least_fp32(log_probs) - at_least_fp32(old_log_probs.detach()), 0)
+    of_row = log_ratio.sum(1, keepdim=True)
+    log_ratio = {"token": log_ratio, "mean": of_row / mask.sum(1, keepdim=True).clamp(min=1), "sum": of_row}[algo.ratio]
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    advantages = torch.where(mask, advantages, 0)
+    ratio = log_ratio.clamp(max=20).exp()  # beyond any clip; inf times a zero advantage would be nan
+    free, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    per_token = -torch.minimum(free, clipped)
+    # a masked 0 - 0 = 0 keeps whatever the padding holds out of exp
+    gap = torch.where(mask, at_least_fp32(ref_log_probs.detach()) - at_least_fp32(log_probs), 0)
+    k3 = gap.exp() - gap - 1
+    if {"loss": True, "reward": False}[algo.kl]:
+        per_token = per_token + kl_coef * k3
+    rows = mask.any(1)
+    stats = {"kl": masked_mean(masked_mean(k3.detach(), mask, 1), rows),
+             "clipped": masked_mean(masked_mean((clipped < free).float(), mask, 1), rows)}
+    return masked_mean(masked_mean(per_token, mask, 1), rows), stats
 
-# ---- 5. the reward model --------------------------------------------------------------------------------------------
+# ---- 4. the two models ----------------------------------------------------------------------------------------------
 class RewardModel(nn.Module):
     """A stock sequence classifier with one label, plus the value head V(x) on the same causal pass (section 4.1).
 
@@ -555,8 +365,8 @@ class RewardModel(nn.Module):
 
         `masters`: fp32 weights by name, where the working copy has less precision.
         """
-        state_dict = {name: (masters or {}).get(name, x).detach().cpu() for name, x in self.model.state_dict().items()}
-        state_dict = {name: x.float() if x.is_floating_point() else x for name, x in state_dict.items()}
+        state = {name: (masters or {}).get(name, x).detach().cpu() for name, x in self.model.state_dict().items()}
+        state = {name: x.float() if x.is_floating_point() else x for name, x in state.items()}
         config, tokenizer = copy.deepcopy(self.model.config), copy.deepcopy(self.tokenizer)
         # stock pooling reads the last token that is not the pad id: the pad id must never end a rendered chat
         chat = encode_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}])
@@ -567,197 +377,12 @@ class RewardModel(nn.Module):
         config.dtype = torch.float32
         with torch.device("meta"):
             stock = type(self.model)(config)
-        stock.load_state_dict(state_dict, assign=True)
+        stock.load_state_dict(state, assign=True)
         with replaced_folder(path) as folder:
-            stock.save_pretrained(folder, max_shard_size="5GB")  # a file's bytes are copied in host memory
-            tokenizer.save_pretrained(folder)
+            write_model(folder, stock, tokenizer)
             if self.has_value_head:  # weight (1,H) and bias (1,), fp32
-                state = {name: p.detach().cpu().contiguous() for name, p in self.value_head.state_dict().items()}
-                safetensors.torch.save_file(state, folder / "value_head.safetensors")
-
-def remove_dropout(model):
-    """Set every dropout rate to 0: two passes over the same rows must give the same numbers."""
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("drop" in name or (isinstance(module, nn.Dropout) and name == "p")):
-                setattr(module, name, 0.0)
-
-@torch.no_grad()
-def score(rm, sequences, budget):
-    """sequences [(ids, prompt_length)] -> rewards (N,) and prompt features (N,H) for V, without gradients.
-
-    Equal sequences are scored once: rounding, which differs between batches, must not rank equal responses.
-    """
-    device, count, first = rm.value_head.weight.device, len(sequences), {}
-    same = [first.setdefault((tuple(ids), length), row) for row, (ids, length) in enumerate(sequences)]
-    rewards, features = torch.empty(count, device=device), torch.empty(count, rm.value_head.in_features, device=device)
-    batches = micro_batches(first.values(), sequences, budget)
-    for rows in tqdm(batches, desc="score", leave=False, delay=10, disable=RANK > 0):
-        last, prompt = rm.features(*model_inputs([sequences[row] for row in rows], device))
-        rewards[rows], features[rows] = rm.reward(last), prompt
-    return rewards[same], features[same]
-
-# ---- 6. SAVE maths: pure functions of tensors -----------------------------------------------------------------------
-def at_least_fp32(x):
-    """Losses are taken in fp32 or better."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-def masked_mean(x, mask, dim=None):
-    """Mean of x where mask, 0 where nothing is; what the mask hides may be anything, inf and nan too."""
-    dims = tuple(range(x.dim())) if dim is None else dim
-    return torch.where(mask, x, 0).sum(dims) / mask.sum(dims).clamp(min=1)
-
-def curriculum_threshold(step, total_steps, m0):
-    """Eq. 14: mu(t) = (2 - p) / 2 with p = min(1 - m0 + t/T, 1); t counts from 1."""
-    return (2 - min(1 - m0 + step / total_steps, 1)) / 2
-
-def rm_advantages(rewards, values):
-    """Eq. 13: a = R - V. rewards (P,G), values (P,) -> (P,G)."""
-    return rewards - values[:, None]
-
-def partition(advantages, threshold, usable=None):
-    """Eq. 15-17. advantages (P,G) -> positive (P,G), negative (P,G), valid (P,), all bool.
-
-    Kept are rows with sigmoid(|a|) >= threshold (and `usable`); a = 0 counts as positive; a prompt is valid (in B~)
-    if it has both signs. Taken in fp64, where sigmoid(0) is exactly 1/2 and no |a| below 36 saturates.
-    """
-    keep = torch.sigmoid(advantages.double().abs()) >= threshold
-    if usable is not None:
-        keep = keep & usable
-    positive, negative = keep & (advantages >= 0), keep & (advantages < 0)
-    return positive, negative, positive.any(1) & negative.any(1)
-
-def bradley_terry_loss(chosen, rejected):
-    """Eq. 2 and 11: mean of -log sigmoid(R_w - R_l) over pairs. chosen, rejected (n,)."""
-    return -F.logsigmoid(at_least_fp32(chosen) - at_least_fp32(rejected)).mean()
-
-def contrastive_loss(rewards, values, positive, negative):
-    """Eq. 18-20, mean over valid prompts, 0 if there is none. rewards, masks (P,G); values (P,), no gradient to them.
-
-    L+ = log(e^V + sum_{Y+} e^R) - mean_{Y+} R        dL+/dR = e^R / (e^V + sum_{Y+} e^R) - 1/|Y+|
-    L- = log(e^V + sum_{Y-} e^R) - V                  dL-/dR = e^R / (e^V + sum_{Y-} e^R)
-    """
-    rewards, anchor = at_least_fp32(rewards), at_least_fp32(values.detach())
-
-    def log_sum(mask):
-        return torch.cat([anchor[:, None], rewards.masked_fill(~mask, -math.inf)], 1).logsumexp(1)
-
-    loss = log_sum(positive) - masked_mean(rewards, positive, 1) + log_sum(negative) - anchor
-    return masked_mean(loss, positive.any(1) & negative.any(1))
-
-def value_loss(values, rewards, usable=None):
-    """Eq. 12 and 21: mean of (V - mean_G R)^2 over prompts; the target carries no gradient.
-
-    values (P,), rewards (P,G). With `usable` (P,G) the group mean is over usable rows, and prompts without any are
-    left out of the outer mean.
-    """
-    usable = torch.ones_like(rewards, dtype=torch.bool) if usable is None else usable
-    target = masked_mean(at_least_fp32(rewards.detach()), usable, 1)
-    return masked_mean((at_least_fp32(values) - target) ** 2, usable.any(1))
-
-def highest_lowest_loss(rewards, usable=None):
-    """HL-BT baseline: Eq. 2 on the highest and lowest reward of each group (P,G); exact ties give nothing."""
-    rewards = at_least_fp32(rewards)
-    usable = torch.ones_like(rewards, dtype=torch.bool) if usable is None else usable
-    # index the two rows (amax would share the gradient among equals); groups without a usable row become a tie
-    highest = rewards.gather(1, rewards.masked_fill(~usable, -math.inf).argmax(1, keepdim=True))[:, 0]
-    lowest = rewards.gather(1, rewards.masked_fill(~usable, math.inf).argmin(1, keepdim=True))[:, 0]
-    margin = highest - lowest
-    return masked_mean(-F.logsigmoid(margin), usable.any(1) & (margin > 0))
-
-def balanced_loss(rewards, values, positive, negative, tau=1.0):
-    """Not in the paper: mean_{Y+} softplus(-(R-V)/tau) + mean_{Y-} softplus((R-V)/tau), mean over valid prompts.
-
-    The negative log-likelihood of the signs, P(y in Y+) = sigmoid((R-V)/tau), each side weighing one half. Partition
-    and anchor are those of Eq. 18-20, where a positive with more than 1/|Y+| of the softmax is pushed down and the net
-    push is down, so rewards shrink together. Here every response is pushed away from V, those near V most:
-    dL/dR = -sigmoid(-(R-V)/tau) / (tau |Y+|) on Y+ and sigmoid((R-V)/tau) / (tau |Y-|) on Y-.
-    """
-    margin = (at_least_fp32(rewards) - at_least_fp32(values.detach())[:, None]) / tau
-    loss = masked_mean(F.softplus(-margin), positive, 1) + masked_mean(F.softplus(margin), negative, 1)
-    return masked_mean(loss, positive.any(1) & negative.any(1))
-
-# --rm_update: the loss on the rewards of a batch. Those with an anchor also filter what the policy trains on.
-RM_LOSSES = {
-    "save": lambda rewards, values, positive, negative, usable: contrastive_loss(rewards, values, positive, negative),
-    "balanced": lambda rewards, values, positive, negative, usable: balanced_loss(rewards, values, positive, negative),
-    "mean_reward": lambda rewards, values, positive, negative, usable:  # the same, `anchor` gives the group mean as V
-        contrastive_loss(rewards, values, positive, negative),
-    "hl_bt": lambda rewards, values, positive, negative, usable: highest_lowest_loss(rewards, usable),
-    "offline": None,  # Bradley-Terry on --pairs, as in stage preference
-    "none": None,     # frozen reward model: plain RL
-}
-HAS_VALUE_HEAD, HAS_NO_ANCHOR = ("save", "balanced"), ("hl_bt", "offline", "none")
-
-# ---- 7. policy maths, and the policy --------------------------------------------------------------------------------
-def grpo_advantages(rewards, keep):
-    """(r - mean) / (std + 1e-4) over the kept rows of each group. rewards, keep (P,G) -> (P,G).
-
-    std with Bessel's correction. 0 where not kept, and in groups with fewer than two kept rows or with equal rewards:
-    fp64 because the fp32 mean of equal numbers may differ from them, which 1e-4 would blow up to an advantage of 0.01.
-    """
-    dtype, rewards = rewards.dtype, rewards.double()
-    count = keep.sum(1, keepdim=True)
-    centred = rewards - masked_mean(rewards, keep, 1)[:, None]
-    variance = torch.where(keep, centred ** 2, 0).sum(1, keepdim=True) / (count - 1).clamp(min=1)
-    return torch.where(keep & (count > 1), centred / (variance.sqrt() + 1e-4), 0).to(dtype)
-
-def rloo_advantages(rewards, keep):
-    """r minus the mean of the other kept rows of its group. rewards, keep (P,G) -> (P,G); 0 as in grpo_advantages."""
-    dtype, rewards = rewards.dtype, rewards.double()
-    count = keep.sum(1, keepdim=True)
-    others = torch.where(keep, rewards, 0).sum(1, keepdim=True) - rewards
-    return torch.where(keep & (count > 1), rewards - others / (count - 1).clamp(min=1), 0).to(dtype)
-
-def reinforce_advantages(rewards, kl, mask, total=None):
-    """REINFORCE++: r - sum_{s>=t} kl_s, then whitened over all tokens. rewards (N,), kl and mask (N,T) -> (N,T).
-
-    The KL reward-to-go has no discount; mean and population variance are weighted by tokens. `total` sums numbers over
-    ranks, so that they whiten together. 0 where masked. There is no group baseline.
-    """
-    to_go = torch.where(mask, kl, 0).flip(1).cumsum(1).flip(1)
-    returns = torch.where(mask, rewards[:, None] - to_go, 0).double()
-    sums = [mask.sum().item(), returns.sum().item(), returns.square().sum().item()]
-    count, first, second = total(*sums) if total else sums
-    mean = first / max(count, 1)
-    variance = max(second / max(count, 1) - mean ** 2, 0.0)
-    return torch.where(mask, (returns - mean) / max(variance, 1e-8) ** 0.5, 0).to(rewards.dtype)
-
-# by group; reinforce++ has no groups, its advantages are per token and made in `policy_step`
-ADVANTAGES = {"grpo": grpo_advantages, "rloo": rloo_advantages, "gspo": grpo_advantages}
-
-def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, algo, clip_low, clip_high, kl_coef):
-    """Clipped surrogate, mean over rows with any token. Log-probs and mask (N,T), advantages (N,) or (N,T).
-
-    grpo, reinforce++  ratio per token, mean over the row's tokens
-    gspo               one ratio per row, exp(mean of the token log-ratios); equals grpo while all ratios are 1
-    rloo               one ratio per row, exp(sum of the token log-ratios)
-    grpo and gspo add kl_coef * k3 per token, k3 = exp(ref - lp) - (ref - lp) - 1; the others have KL in the reward.
-    Returns (loss, {"kl": k3 per token, "clipped": share of tokens whose ratio is clipped}).
-    """
-    mask = mask.bool()
-    tokens = mask.sum(1, keepdim=True).clamp(min=1)
-    log_ratio = torch.where(mask, at_least_fp32(log_probs) - at_least_fp32(old_log_probs.detach()), 0)
-    if algo == "gspo":
-        log_ratio = log_ratio.sum(1, keepdim=True) / tokens
-    elif algo == "rloo":
-        log_ratio = log_ratio.sum(1, keepdim=True)
-    elif algo not in ("grpo", "reinforce++"):
-        raise ValueError(f"algo {algo!r}: expected grpo, rloo, gspo or reinforce++")
-    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-    advantages = torch.where(mask, advantages, 0)
-    ratio = log_ratio.clamp(max=20).exp()  # beyond any clip; inf times a zero advantage would be nan
-    free, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    per_token = -torch.minimum(free, clipped)
-    # a masked 0 - 0 = 0 keeps whatever the padding holds out of exp
-    gap = torch.where(mask, at_least_fp32(ref_log_probs.detach()) - at_least_fp32(log_probs), 0)
-    k3 = gap.exp() - gap - 1
-    if algo in ("grpo", "gspo"):
-        per_token = per_token + kl_coef * k3
-    rows = mask.any(1)
-    stats = {"kl": masked_mean(masked_mean(k3.detach(), mask, 1), rows),
-             "clipped": masked_mean(masked_mean((clipped < free).float(), mask, 1), rows)}
-    return masked_mean(masked_mean(per_token, mask, 1), rows), stats
+                head = {name: p.detach().cpu().contiguous() for name, p in self.value_head.state_dict().items()}
+                safetensors.torch.save_file(head, folder / "value_head.safetensors")
 
 class Policy(nn.Module):
     """A causal language model whose forward gives the log-probs of its responses, never the whole logits."""
@@ -781,22 +406,17 @@ class Policy(nn.Module):
         return policy if policy.eos_ids else fail(f"--policy {path}: expected an EOS token in its tokenizer")
 
     def logits(self, hidden):
-        """Output layer with the scalings that Cohere, Granite and Gemma put behind it."""
-        config = self.model.config
-        logits = self.model.get_output_embeddings()(hidden).float()
-        scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
-        logits = logits if scale == 1 else logits * scale  # no copy where there is nothing to scale
-        cap = getattr(config, "final_logit_softcapping", None)
-        return cap * torch.tanh(logits / cap) if cap else logits
+        """The output layer alone, fp32: hidden (...,H) -> (...,vocabulary)."""
+        return self.model.get_output_embeddings()(hidden).float()
 
     @torch.no_grad()
     def check_logits(self, path):
-        """Compare `logits` with the model's own forward: a scaling we do not know would spoil every ratio."""
+        """Compare `logits` with the model's own forward: a scaling behind the output layer would spoil every ratio."""
         ids = torch.arange(3, 11, device=next(self.parameters()).device)[None] % self.model.config.vocab_size
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         if not torch.allclose(self.logits(hidden), self.model(ids).logits.float(), rtol=1e-2, atol=1e-2):
-            fail(f"--policy {path}: {type(self.model).__name__} changes its logits after the output layer in a way "
-                 "that Policy.logits does not know, expected a plain, scaled or soft-capped output layer")
+            fail(f"--policy {path}: {type(self.model).__name__} changes its logits after the output layer (a scale or "
+                 "a soft cap, as Cohere, Granite and Gemma 2 have), expected a plain one: Policy.logits is the place")
 
     def token_log_probs(self, hidden, targets, temperature):
         """log pi(target) at the sampling temperature over the full vocabulary. hidden (M,H), targets (M,) -> (M,)."""
@@ -817,7 +437,49 @@ class Policy(nn.Module):
                   for h, t in zip(hidden.split(chunk), targets.split(chunk))]
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(pieces)), mask
 
-# ---- 8. rollout -----------------------------------------------------------------------------------------------------
+def load(path, flag, kind, may_miss=(), **options):
+    """kind.from_pretrained(path), or one line that says why not; no code of a model's repository is run."""
+    parent = Path(path).parent
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or (parent.parts and parent.is_dir())):
+        fail(f"--{flag} {path}: no such folder")
+    is_model = kind in (AutoModelForCausalLM, AutoModelForSequenceClassification)
+    try:
+        options = {**options, "output_loading_info": True} if is_model else options
+        loaded = kind.from_pretrained(path, trust_remote_code=False, **options)
+    except Exception as error:  # transformers and the hub client raise many types: all mean that it cannot be had
+        fail(f"--{flag} {path}: expected a model folder or hub name for {kind.__name__} ({first_line(error)})")
+    if not is_model:
+        return loaded
+    missing = sorted(set(loaded[1]["missing_keys"]) - set(may_miss))
+    return loaded[0] if not missing else fail(f"--{flag} {path}: it has no weights for {', '.join(missing)[:80]}")
+
+def load_tokenizer(path, flag):
+    """The tokenizer of a model folder or hub name; it must carry a chat template."""
+    tokenizer = load(path, flag, AutoTokenizer)
+    return tokenizer if tokenizer.chat_template else fail(f"--{flag} {path}: its tokenizer has no chat template")
+
+def remove_dropout(model):
+    """Set every dropout rate to 0: two passes over the same rows must give the same numbers."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or (isinstance(module, nn.Dropout) and name == "p")):
+                setattr(module, name, 0.0)
+
+def to_working_copy(module, cfg):
+    """Move to the device, parameters in --dtype. Buffers keep theirs: rotary frequencies in bf16 would be wrong.
+
+    Call after ShardedAdamW took its masters. The two fp32 heads of a reward model stay as they are. On a GPU,
+    activations are recomputed in the backward pass.
+    """
+    heads = {id(p) for head in ("value_head", "model.score") if isinstance(module, RewardModel)
+             for p in module.get_submodule(head).parameters()}
+    for p in module.parameters():
+        p.data = p.data.to(cfg.device, p.dtype if id(p) in heads else getattr(torch, cfg.dtype))
+    if cfg.device.startswith("cuda"):
+        module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return module.to(cfg.device)
+
+# ---- 5. rollout -----------------------------------------------------------------------------------------------------
 def sample_tokens(logits, uniforms, temperature, top_p, top_k):
     """One token per row by inverting the cumulative distribution at `uniforms` (n,). logits (n,V) -> ids (n,).
 
@@ -875,7 +537,7 @@ def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
     tokens = torch.full((len(seeds), max_new_tokens), -1, device=device)
     ended = torch.zeros(len(seeds), dtype=torch.bool, device=device)
     rows = torch.arange(len(seeds), device=device)  # the rows still in the batch
-    for t in tqdm(range(max_new_tokens), desc="rollout", leave=False, delay=10, disable=RANK > 0):
+    for t in progress(range(max_new_tokens), "rollout", leave=False, delay=10):
         token = sample_tokens(logits, uniforms[rows, t], *sampling)
         tokens[rows, t] = torch.where(ended[rows], -1, token)
         ended[rows] |= torch.isin(token, stop_ids)
@@ -890,7 +552,316 @@ def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
         position = position + 1
     return tokens, ended
 
-# ---- 9. optimizer and offload ---------------------------------------------------------------------------------------
+# ---- 6. the updates of Algorithm 2 ----------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Run:
+    """What a stage works with, and what a checkpoint holds."""
+    cfg: Config
+    rm: RewardModel
+    policy: Policy = None
+    log: "Log" = None
+    optimizers: dict = dataclasses.field(default_factory=dict)  # of "rm", "value" and "policy" those that are trained
+    checkpoint: Path = None          # to resume from
+
+    def lr_scale(self, step):
+        """Learning-rate factor of step 1 .. T."""
+        return 1 - (step - 1) / self.cfg.steps if self.cfg.lr_schedule == "linear" else 1.0
+
+@dataclasses.dataclass
+class Batch:
+    """One step's responses. (P,G) tensors cover all ranks; lists cover this rank's rows, prompt by prompt."""
+    step: int
+    prompts: list                    # (messages, policy ids) of this rank's prompts
+    texts: list                      # responses, decoded
+    chats: list                      # (ids, prompt_length) of prompt and response in the reward model's tokens
+    sequences: list                  # the same in the policy's tokens
+    lengths: torch.Tensor            # (P,G) response tokens
+    ended: torch.Tensor              # (P,G) bool: stopped by EOS, not by --max_new_tokens
+    usable: torch.Tensor             # (P,G) bool: ended, and short enough for the reward model's update
+    rewards: torch.Tensor = None     # (P,G)
+    features: torch.Tensor = None    # (P,H) at the end of the prompt, for V
+
+def sample(run, prompts, group, step, purpose="rollout"):
+    """Draw `group` responses for each of this rank's share of `prompts` and put them into the reward model's words."""
+    cfg, own = run.cfg, mine(prompts)
+    seeds = [seed_for(cfg.seed, purpose, step, p, g) for p in mine(range(len(prompts))) for g in range(group)]
+    with run.log.time("rollout"):
+        responses, ended = rollout(run.policy, [ids for _, ids in own], group, seeds, top_p=cfg.top_p, top_k=cfg.top_k,
+                                   temperature=cfg.temperature, max_new_tokens=cfg.max_new_tokens,
+                                   cache_tokens=cfg.cache_tokens)
+    texts = run.policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    # the policy's tokens mean nothing to the reward model: decode, apply its template, tokenize with its tokenizer
+    chats = [chat for i, (messages, _) in enumerate(own)
+             for chat in encode_responses(run.rm.tokenizer, messages, texts[i * group:(i + 1) * group])]
+    sequences = [(own[i // group][1] + response, len(own[i // group][1])) for i, response in enumerate(responses)]
+    short = [len(ids) - length <= cfg.max_new_tokens + 32 for ids, length in chats]  # 32: the template's own tokens
+    context = getattr(run.rm.model.config, "max_position_embeddings", None) or sys.maxsize
+    chats = [(ids[:context], min(length, context)) for ids, length in chats]
+
+    def table(values):
+        return gather(torch.tensor(values, device=cfg.device).view(len(own), group))
+
+    ended = table(ended)
+    lengths = table([len(ids) for ids in responses])
+    return Batch(step, own, texts, chats, sequences, lengths, ended, usable=ended & table(short))
+
+@torch.no_grad()
+def score(rm, sequences, budget):
+    """sequences [(ids, prompt_length)] -> rewards (N,) and prompt features (N,H) for V, without gradients.
+
+    Equal sequences are scored once: rounding, which differs between batches, must not rank equal responses.
+    """
+    device, count, first = rm.value_head.weight.device, len(sequences), {}
+    same = [first.setdefault((tuple(ids), length), row) for row, (ids, length) in enumerate(sequences)]
+    rewards, features = torch.empty(count, device=device), torch.empty(count, rm.value_head.in_features, device=device)
+    for rows in progress(micro_batches(first.values(), sequences, budget), "score", leave=False, delay=10):
+        last, prompt = rm.features(*model_inputs([sequences[row] for row in rows], device))
+        rewards[rows], features[rows] = rm.reward(last), prompt
+    return rewards[same], features[same]
+
+def score_batch(run, batch):
+    """Fill in R and the features that V is read from, for all ranks."""
+    with run.log.time("score"):
+        rewards, features = score(run.rm, batch.chats, run.cfg.micro_tokens)
+        group = batch.lengths.shape[1]
+        batch.rewards = gather(rewards.view(-1, group))
+        if not batch.rewards.isfinite().all():  # on every rank at once
+            raise FloatingPointError(f"{int((~batch.rewards.isfinite()).sum())} rewards are not finite")
+        batch.features = gather(features.view(-1, group, features.shape[1])[:, 0])  # one V a prompt: its first row's
+
+@torch.no_grad()
+def anchor(run, batch):
+    """V (P,), as the row of RM_UPDATES has it; for a row without an anchor the group mean, which only the logs show."""
+    return run.rm.value(batch.features) if RM_UPDATES[run.cfg.rm_update].anchor == "value head" \
+        else masked_mean(batch.rewards, batch.usable, 1)
+
+def label(run, batch):
+    """(P,G): their signs make Y+ and Y-, their sizes decide which are kept. Eq. 13 with the reward model's own R and V.
+
+    A verifier, a judge or an ensemble goes here: -inf and inf are always kept (tests/forks/verifier.py).
+    """
+    return rm_advantages(batch.rewards, anchor(run, batch))
+
+def filtered(run, batch, usable=None):
+    """Step 1, Eq. 14-17: positive, negative (P,G), valid (P,). Updates without an anchor keep every response."""
+    if not RM_UPDATES[run.cfg.rm_update].anchor:
+        everything = torch.ones_like(batch.ended) if usable is None else usable
+        return everything, torch.zeros_like(everything), everything.any(1)
+    return partition(label(run, batch), curriculum_threshold(batch.step, run.cfg.steps, run.cfg.m0), usable)
+
+def reward_model_step(run, batch, positive, negative):
+    """Step 2, Eq. 18-20: one step on backbone and reward head. True if there was anything to learn from.
+
+    The loss needs all rewards of a group at once, memory holds only a few rows. But the scoring pass already has the
+    rewards: take dL/dR on those (P,G) numbers, then back-propagate sum(R * dL/dR) in any micro-batches. Exact, and rows
+    whose dL/dR is 0 (filtered, one-sided prompts) cost nothing.
+    """
+    rewards = batch.rewards.clone().requires_grad_()
+    loss = RM_UPDATES[run.cfg.rm_update].loss(rewards, anchor(run, batch), positive, negative, batch.usable)
+    weights = torch.autograd.grad(loss, rewards)[0]
+    run.log.put(rm_loss=loss)
+    if not weights.any():
+        return False
+    own = mine(weights).flatten()
+    rows = own.nonzero()[:, 0].tolist() or [0]  # a rank with nothing to train on takes part with weight 0
+
+    def micro_loss(model, rows):
+        return (model(*model_inputs([batch.chats[row] for row in rows], own.device))[0] * own[rows]).sum()
+
+    with run.log.time("rm_update"), frozen(run.rm.value_head):
+        accumulate(run.rm, micro_batches(rows, batch.chats, run.cfg.micro_tokens), micro_loss)
+        run.log.put(rm_grad_norm=run.optimizers["rm"].step(run.lr_scale(batch.step)))
+    return True
+
+def value_step(run, rewards, features, usable, lr_scale=1.0):
+    """Eq. 12 and 21: one step on the value head, from features that carry no gradient. Returns the loss before it.
+
+    Every rank has all (P,H) features and takes the same step, so there is nothing to exchange.
+    """
+    loss = value_loss(run.rm.value(features), rewards, usable)
+    loss.backward()
+    run.optimizers["value"].step(lr_scale)
+    return loss.item()
+
+@torch.no_grad()
+def response_log_probs(run, batch, rows):
+    """Log-probs of this rank's `rows` under the working copy -> (N/W, R), 0 elsewhere."""
+    result = torch.zeros(len(batch.sequences), int(batch.lengths.max()), device=run.cfg.device)
+    for part in micro_batches(rows, batch.sequences, run.cfg.micro_tokens):
+        inputs = model_inputs([batch.sequences[row] for row in part], run.cfg.device)
+        log_probs, _ = run.policy(*inputs, run.cfg.temperature)
+        result[part, :log_probs.shape[1]] = log_probs
+    return result
+
+def policy_advantages(run, batch, trained, old, reference):
+    """The advantages of this rank's rows, (N/W,), or (N/W,R) for one per token; over the rows that are `trained` (P,G).
+
+    With a row's kl "reward", k1 of the whole response is taken off its reward.
+    """
+    algorithm, rewards = ALGORITHMS[run.cfg.algo], batch.rewards
+    if algorithm.kl == "reward" and run.cfg.kl_coef:
+        rewards = rewards - run.cfg.kl_coef * gather((old - reference).sum(1).view(-1, trained.shape[1]))
+    return mine(algorithm.advantages(rewards, trained)).flatten()
+
+def policy_step(run, batch, keep):
+    """Step 3: GRPO, RLOO or GSPO on the survivors `keep` (P,G) with the improved reward model's rewards."""
+    cfg, algorithm, group = run.cfg, ALGORITHMS[run.cfg.algo], keep.shape[1]
+    trained = keep & (keep.sum(1, keepdim=True) >= 2)  # a single survivor has nothing to be compared with
+    if not trained.any():
+        return
+    rows = mine(trained).flatten().nonzero()[:, 0].tolist()
+    old = reference = None
+    with run.log.time("log_probs"):
+        if cfg.num_minibatches > 1 or algorithm.kl == "reward":
+            old = response_log_probs(run, batch, rows)
+        if cfg.kl_coef:
+            with run.optimizers["policy"].swapped():
+                reference = response_log_probs(run, batch, rows)
+    advantages = policy_advantages(run, batch, trained, old, reference)
+    sums, updates = torch.zeros(3), 0
+
+    def micro_loss(model, rows):
+        log_probs, mask = model(*model_inputs([batch.sequences[row] for row in rows], cfg.device), cfg.temperature)
+        width = log_probs.shape[1]
+        # a single update: the ratio is exactly 1, where a second bf16 pass would put noise into it
+        before = log_probs if cfg.num_minibatches == 1 else old[rows, :width]
+        loss, stats = policy_loss(
+            log_probs, before, log_probs if reference is None else reference[rows, :width],
+            advantages[rows] if advantages.dim() == 1 else advantages[rows, :width], mask,
+            algo=algorithm, clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef)
+        weight = len(rows) / count if part_rows else 0  # 0 for a rank that only takes part
+        sums.add_(torch.tensor([loss.item(), stats["kl"].item(), stats["clipped"].item()]) * weight)
+        return loss * weight
+
+    with run.log.time("policy_update"):
+        for part in torch.arange(len(keep)).chunk(cfg.num_minibatches):  # by prompt, in the global order
+            count = int(trained[part].sum())  # rows of this minibatch on all ranks, the mean's denominator
+            if count == 0:
+                continue
+            part_rows = [row for row in rows if RANK + WORLD * (row // group) in part]
+            accumulate(run.policy, micro_batches(part_rows or [0], batch.sequences, cfg.micro_tokens), micro_loss)
+            run.log.put(policy_grad_norm=run.optimizers["policy"].step(run.lr_scale(batch.step)))
+            updates += 1
+    loss, kl, clipped = (x / updates for x in total(*sums))
+    run.log.put(policy_loss=loss, kl=kl, clipped=clipped, survivors=trained.float().mean())
+
+def save_step(run, step, prompts):
+    """One step of Algorithm 2 on this step's `prompts`, those of all ranks."""
+    batch = sample(run, prompts, run.cfg.group, step)  # lines 3 to 5
+    with stops_at_bad_values(run, step, lambda: rows_of(batch)):
+        learn(run, batch)
+
+def learn(run, batch):
+    """Algorithm 2, lines 7 to 17: what is learned from the responses of one step."""
+    log, update = run.log, RM_UPDATES[run.cfg.rm_update]
+    score_batch(run, batch)
+    positive, negative, valid = filtered(run, batch, batch.usable)  # its step 1: adaptive feedback filtering
+    record_scores(run, batch, positive, negative, valid)
+    record_samples(run, batch, positive, negative)
+
+    if update.loss:  # its step 2: the reward model
+        before = batch.rewards
+        if reward_model_step(run, batch, positive, negative):
+            score_batch(run, batch)
+            log.deflation *= (batch.rewards.std(1).mean() / before.std(1).mean()).item()
+            log.put(reward_shift=(batch.rewards - before).abs().mean(), deflation=log.deflation)
+    if update.anchor == "value head":
+        log.put(value_loss=value_step(run, batch.rewards, batch.features, batch.usable, run.lr_scale(batch.step)))
+
+    positive, negative, _ = filtered(run, batch)  # its step 3: the policy, which keeps truncated responses
+    policy_step(run, batch, positive | negative)
+    log.put(health=health(run))
+
+# ---- 7. stages ------------------------------------------------------------------------------------------------------
+def preference_stage(run, pairs, heldout):
+    """Stage 1, Eq. 11: Bradley-Terry on chosen and rejected."""
+    run.rm.has_value_head = False  # a value head it may have had belongs to other rewards
+    for step in each_step(run, heldout, "preference"):
+        bradley_terry_step(run, pairs, step)
+    save_models(run)
+
+def bradley_terry_step(run, pairs, step):
+    """One step of Eq. 11 on this step's pairs, those of all ranks."""
+    cfg = run.cfg
+    batch = mine(draw(pairs, cfg.seed, "pairs", (step - 1) * cfg.batch, cfg.batch))
+    longer, sums = [max(pair, key=lambda side: len(side[0])) for pair in batch], torch.zeros(2)
+
+    def micro_loss(model, index):
+        rewards = model(*model_inputs([side for i in index for side in batch[i]], cfg.device))[0]
+        loss = bradley_terry_loss(rewards[0::2], rewards[1::2]) * len(index) / cfg.batch
+        sums.add_(torch.tensor([loss.item(), (rewards[0::2] > rewards[1::2]).sum().item() / cfg.batch]))
+        return loss
+
+    with run.log.time("rm_update"), frozen(run.rm.value_head), stops_at_bad_values(
+            run, step, lambda: [[run.rm.tokenizer.decode(ids) for ids, _ in pair] for pair in batch]):
+        accumulate(run.rm, micro_batches(range(len(batch)), longer, cfg.micro_tokens // 2), micro_loss)
+        run.log.put(rm_grad_norm=run.optimizers["rm"].step(run.lr_scale(step)))
+    loss, accuracy = total(*sums)
+    run.log.put(rm_loss=loss, rm_accuracy=accuracy)
+
+def value_stage(run, prompts):
+    """Stage 2, Eq. 12: fit V to the mean reward of K responses of the sampling policy; the reward model is frozen.
+
+    Each prompt is sampled and scored once; rewards and features are kept, so further epochs cost nothing.
+    """
+    cfg, batches = run.cfg, []
+    count = cfg.value_prompts or min(len(prompts), cfg.batch * cfg.steps)
+    count = max(1, count // cfg.batch) * cfg.batch  # whole batches: every rank has the same number of prompts
+    chosen = draw(prompts, cfg.seed, "value prompts", 0, count)
+    for start in progress(range(0, count, cfg.batch), "value: sample and score"):
+        batch = sample(run, chosen[start:start + cfg.batch], cfg.value_k, start, "value")
+        with stops_at_bad_values(run, 0, lambda: rows_of(batch)):
+            score_batch(run, batch)
+        batches.append((batch.rewards, batch.features, batch.usable))
+    rewards, features, usable = (torch.cat(tensors) for tensors in zip(*batches))
+    run.optimizers["value"] = ShardedAdamW(run.rm.value_head, cfg.value_lr, cfg)
+    for _ in range(cfg.value_epochs):
+        for part in torch.arange(count).split(cfg.value_batch):
+            value_step(run, rewards[part], features[part], usable[part])
+    run.rm.has_value_head = True
+    targets = masked_mean(rewards, usable, 1)
+    error, variance = value_loss(run.rm.value(features), rewards, usable).item(), targets.var(correction=0).item()
+    run.log.put(value_loss=error, value_target_variance=variance)
+    run.log.write(0, "value")
+    say(f"value head: mean squared error {error:.4g} on its own {count} prompts x {cfg.value_k} responses; "
+        f"the variance of their mean rewards is {variance:.4g}")
+
+def save_stage(run, prompts, heldout):
+    """Algorithm 2: the reward model and the policy train each other for T steps."""
+    for step in each_step(run, heldout, "save"):
+        save_step(run, step, draw(prompts, run.cfg.seed, "prompts", (step - 1) * run.cfg.batch, run.cfg.batch))
+    save_models(run)
+
+def each_step(run, heldout, stage):
+    """Yield the steps of a stage; around them resume, evaluate, log and save."""
+    steps, done = run.cfg.steps, load_checkpoint(run)
+    if not done:
+        heldout_accuracy(run, heldout)
+        run.log.write(0, stage)
+    for step in progress(range(done + 1, steps + 1), stage, initial=done, total=steps):
+        start = time.perf_counter()
+        yield step
+        run.log.put(step_seconds=time.perf_counter() - start)
+        if step == steps or (run.cfg.eval_every and step % run.cfg.eval_every == 0):
+            heldout_accuracy(run, heldout)
+        run.log.write(step, stage)
+        stopping = asked_to_stop()
+        if stopping or (run.cfg.save_every and step % run.cfg.save_every == 0):
+            save_checkpoint(run, step)
+        if stopping:
+            say(f"stopped by a signal after step {step}: --resume goes on from there")
+            sys.exit(0)
+
+def heldout_accuracy(run, heldout):
+    """Share of pairs with R(chosen) > R(rejected), in percent, for each --heldout file; a tie counts as wrong."""
+    for name, pairs in heldout.items():
+        own = [side for pair in mine(pairs) for side in pair]
+        rewards, _ = score(run.rm, own, run.cfg.micro_tokens)
+        accuracy = 100 * total((rewards[0::2] > rewards[1::2]).sum())[0] / len(pairs)
+        run.log.put(**{f"accuracy_{name}": accuracy})
+        say(f"  accuracy on {name}: {accuracy:.2f} % of {len(pairs)} pairs")
+
+# ---- 8. optimizer and offload ---------------------------------------------------------------------------------------
 class ShardedAdamW:
     """AdamW on fp32 masters, whole parameters dealt to ranks (ZeRO-1); the model keeps a working copy in any precision.
 
@@ -898,12 +869,12 @@ class ShardedAdamW:
     holds masters and moments of its parameters only: 12 bytes per parameter / WORLD. With `keep_initial` it also keeps
     its share of the initial weights, from which `swapped` makes the reference model in the policy's own storage.
     """
+    max_norm = 1.0  # gradients are clipped to this norm, for each optimizer on its own
 
     def __init__(self, model, lr, cfg, keep_initial=False):
-        self.cfg, self.lr, self.device = cfg, lr, "cpu" if cfg.offload else cfg.device
+        self.lr, self.device = lr, "cpu" if cfg.offload else cfg.device
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        load = [0] * (cfg.emulate_world or WORLD)
-        self.owner = {}
+        load, self.owner = [0] * WORLD, {}
         for name, p in sorted(self.named, key=lambda item: -item[1].numel()):  # largest first, to the emptiest rank
             self.owner[name] = load.index(min(load))
             load[self.owner[name]] += p.numel()
@@ -934,7 +905,7 @@ class ShardedAdamW:
         norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).norm().item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm}, nothing was updated")
-        scale = min(1.0, self.cfg.max_grad_norm / (norm + 1e-6)) if self.cfg.max_grad_norm else 1.0  # as torch clips
+        scale = min(1.0, self.max_norm / (norm + 1e-6))  # as torch clips
         for name, p in self.named:
             if self.owner[name] == RANK and p.grad is not None:
                 self.masters[name].grad = p.grad.to(self.device, torch.float32) * scale
@@ -958,197 +929,96 @@ class ShardedAdamW:
         return state
 
     def state_dict(self):
-        """This rank's masters and moments under flat names."""
-        state = {}
-        for name, master in self.masters.items():
-            state[f"master.{name}"] = master.detach()
-            state.update({f"{key}.{name}": x for key, x in self.adamw.state[master].items()})
-        return state
+        """This rank's masters and moments: {name: {"master", "step", "exp_avg", "exp_avg_sq"}}."""
+        return {name: {"master": master.detach(), **self.adamw.state[master]} for name, master in self.masters.items()}
 
-    def load(self, kind, name, read):
-        """Take one tensor of a state_dict if it belongs to this rank; read() gives it."""
-        if name in self.masters:
-            master = self.masters[name]
-            if kind == "master":
-                master.data.copy_(read())
-            else:
-                self.adamw.state[master][kind] = read().to(self.device)
+    def load_state_dict(self, state):
+        """Take what belongs to this rank out of a state_dict of any rank, of however many there were."""
+        for name in state.keys() & self.masters.keys():
+            master, moments = self.masters[name], dict(state[name])
+            master.data.copy_(moments.pop("master"))
+            self.adamw.state[master] = {key: x.to(self.device, copy=True) for key, x in moments.items()}
 
-def to_working_copy(module, cfg):
-    """Move to the device, parameters in --dtype. Buffers keep theirs: rotary frequencies in bf16 would be wrong.
+# ---- 9. ranks: the only place that knows torch.distributed ----------------------------------------------------------
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
+                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
-    Call after ShardedAdamW took its masters. The two fp32 heads of a reward model stay as they are.
+def start_ranks(device):
+    """Join the other ranks that torchrun started. A long timeout: one rank may decode much longer than another."""
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    if WORLD > 1 and not dist.is_initialized():
+        # after a restart torchrun's store still holds the addresses of the dead ranks (pytorch issue 135712)
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=RANK, world_size=WORLD,
+                                timeout=timedelta(hours=2))
+
+def stop_ranks():
+    """Leave the process group, on errors too."""
+    if WORLD > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+def barrier():
+    """Wait for every rank."""
+    if WORLD > 1:
+        dist.barrier()
+
+def one_rank_at_a_time(load):
+    """load() on rank 0, then rank 1, ...: host memory holds the weights being read by one rank only."""
+    error = None
+    for rank in range(WORLD):
+        if rank == RANK:
+            try:
+                result = load()
+            except UsageError as refusal:  # raised when all ranks are through, so that none waits for another
+                error = refusal
+        barrier()
+    if error:
+        raise error
+    return result
+
+def mine(items):
+    """This rank's share of a list or tensor over prompts. Strided, so that shares join into the same global order."""
+    return items[RANK::WORLD]
+
+def gather(share):
+    """(P/W, ...) on each rank -> (P, ...) on every rank, in the order that `mine` took the shares from."""
+    if WORLD == 1:
+        return share
+    shares = [torch.empty_like(share, dtype=torch.float32) for _ in range(WORLD)]
+    dist.all_gather(shares, share.float().contiguous())
+    return torch.stack(shares, 1).flatten(0, 1).to(share.dtype)
+
+def broadcast(tensor, source):
+    """Overwrite `tensor` on every rank with that of rank `source`."""
+    if WORLD > 1:
+        dist.broadcast(tensor, source)
+
+def total(*numbers):
+    """Each number summed over the ranks, as floats."""
+    if WORLD == 1:
+        return [float(n) for n in numbers]
+    sums = torch.tensor([float(n) for n in numbers], dtype=torch.float64,
+                        device="cpu" if dist.get_backend() == "gloo" else "cuda")
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+def accumulate(model, batches, micro_loss):
+    """Back-propagate micro_loss(model, rows) for each micro-batch; leave the sum over all of them in p.grad.
+
+    DistributedDataParallel exists only inside this function, so its gradient buckets do too. Ranks may have different
+    numbers of micro-batches (at least one): gradients are exchanged once, in the last backward. DDP averages over
+    ranks while our losses are divided by global counts, hence the factor WORLD.
     """
-    heads = {id(p) for head in ("value_head", "model.score") if isinstance(module, RewardModel)
-             for p in module.get_submodule(head).parameters()}
-    for p in module.parameters():
-        p.data = p.data.to(cfg.device, p.dtype if id(p) in heads else getattr(torch, cfg.dtype))
-    if cfg.checkpointing:
-        module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return module.to(cfg.device)
-
-# ---- 10. the three steps of Algorithm 2 -----------------------------------------------------------------------------
-@dataclasses.dataclass
-class Run:
-    """What a stage works with, and what a checkpoint holds."""
-    cfg: Config
-    rm: RewardModel
-    policy: Policy = None
-    log: "Log" = None
-    optimizers: dict = dataclasses.field(default_factory=dict)  # of "rm", "value" and "policy" those that are trained
-    checkpoint: Path = None          # to resume from
-    labels: list = dataclasses.field(default_factory=list)      # frozen reward models of --label_rms
-    pairs: list = None               # static pairs of --rm_update offline
-
-    def lr_scale(self, step):
-        """Learning-rate factor of step 1 .. T."""
-        return 1 - (step - 1) / self.cfg.steps if self.cfg.lr_schedule == "linear" else 1.0
-
-@dataclasses.dataclass
-class Batch:
-    """One step's responses. (P,G) tensors cover all ranks; lists cover this rank's rows, prompt by prompt."""
-    step: int
-    prompts: list                    # (messages, policy ids) of this rank's prompts
-    texts: list                      # responses, decoded
-    chats: list                      # (ids, prompt_length) of prompt and response in the reward model's tokens
-    sequences: list                  # the same in the policy's tokens
-    lengths: torch.Tensor            # (P,G) response tokens
-    ended: torch.Tensor              # (P,G) bool: stopped by EOS, not by --max_new_tokens
-    usable: torch.Tensor             # (P,G) bool: ended, and short enough for the reward model's update
-    rewards: torch.Tensor = None     # (P,G)
-    features: torch.Tensor = None    # (P,H) at the end of the prompt, for V
-    label_advantages: torch.Tensor = None  # (P,G) mean of the --label_rms, none without them
-
-def sample(run, prompts, group, step, purpose="rollout"):
-    """Draw `group` responses for each of this rank's share of `prompts` and put them into the reward model's words."""
-    cfg, own = run.cfg, mine(prompts)
-    seeds = [seed_for(cfg.seed, purpose, step, p, g) for p in mine(range(len(prompts))) for g in range(group)]
-    with run.log.time("rollout"):
-        responses, ended = rollout(run.policy, [ids for _, ids in own], group, seeds, **cfg.sampling)
-    texts = run.policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
-    # the policy's tokens mean nothing to the reward model: decode, apply its template, tokenize with its tokenizer
-    chats = [chat for i, (messages, _) in enumerate(own)
-             for chat in encode_responses(run.rm.tokenizer, messages, texts[i * group:(i + 1) * group])]
-    sequences = [(own[i // group][1] + response, len(own[i // group][1])) for i, response in enumerate(responses)]
-    short = [len(ids) - length <= cfg.max_new_tokens + 32 for ids, length in chats]  # 32: the template's own tokens
-    context = getattr(run.rm.model.config, "max_position_embeddings", None) or sys.maxsize
-    chats = [(ids[:context], min(length, context)) for ids, length in chats]
-
-    def table(values):
-        return gather(torch.tensor(values, device=cfg.device).view(len(own), group))
-
-    ended = table(ended)
-    lengths = table([len(ids) for ids in responses])
-    return Batch(step, own, texts, chats, sequences, lengths, ended, usable=ended & table(short))
-
-def score_batch(run, batch):
-    """Fill in R and the features that V is read from, for all ranks."""
-    with run.log.time("score"):
-        rewards, features = score(run.rm, batch.chats, run.cfg.micro_tokens)
-        group = batch.lengths.shape[1]
-        batch.rewards = gather(rewards.view(-1, group))
-        if not batch.rewards.isfinite().all():  # on every rank at once
-            raise FloatingPointError(f"{int((~batch.rewards.isfinite()).sum())} rewards are not finite")
-        batch.features = gather(features.view(-1, group, features.shape[1])[:, 0])  # one V a prompt: its first row's
-
-@torch.no_grad()
-def label_batch(run, batch):
-    """The mean advantage of --rm as it was and the frozen --label_rms: never trained, so taken once per batch.
-
-    Why: with a_k = a* + e_k for reward model k, splitting by the sign of the student's own a confirms its error e_1.
-    Models of one recipe and other seeds have errors that are partly independent: the mean of M has the true sign more
-    often, and where it differs from the student's sign the loss corrects the student.
-    """
-    group, sums = batch.lengths.shape[1], 0
-    for rm in run.labels:
-        rewards, features = score(rm, batch.chats, run.cfg.micro_tokens)
-        values = rm.value(features.view(-1, group, features.shape[1])[:, 0])
-        sums = sums + rm_advantages(gather(rewards.view(-1, group)), gather(values))
-    batch.label_advantages = sums / len(run.labels) if run.labels else None
-
-@torch.no_grad()
-def anchor(run, batch):
-    """V (P,): the value head's for SAVE; for the others, the Mean Reward baseline among them, the group mean."""
-    return run.rm.value(batch.features) if run.cfg.rm_update in HAS_VALUE_HEAD \
-        else masked_mean(batch.rewards, batch.usable, 1)
-
-def filtered(run, batch, usable=None):
-    """Step 1, Eq. 13-17: positive, negative (P,G), valid (P,). Updates without an anchor keep every response."""
-    if run.cfg.rm_update in HAS_NO_ANCHOR:
-        everything = torch.ones_like(batch.ended) if usable is None else usable
-        return everything, torch.zeros_like(everything), everything.any(1)
-    advantages = batch.label_advantages
-    if advantages is None:
-        advantages = rm_advantages(batch.rewards, anchor(run, batch))
-    return partition(advantages, threshold(run.cfg, batch.step), usable)
-
-def threshold(cfg, step):
-    """mu(t), or 1/2, which every |a| reaches."""
-    return 0.5 if cfg.no_curriculum else curriculum_threshold(step, cfg.steps, cfg.m0)
-
-def bradley_terry_step(run, pairs, step):
-    """One step of Eq. 11 on this step's pairs (all ranks'), for stage preference and --rm_update offline."""
-    cfg = run.cfg
-    batch = mine(draw(pairs, cfg.seed, "pairs", (step - 1) * cfg.batch, cfg.batch))
-    longer, sums = [max(pair, key=lambda side: len(side[0])) for pair in batch], torch.zeros(2)
-
-    def micro_loss(model, index):
-        rewards = model(*model_inputs([side for i in index for side in batch[i]], cfg.device))[0]
-        loss = bradley_terry_loss(rewards[0::2], rewards[1::2]) * len(index) / cfg.batch
-        sums.add_(torch.tensor([loss.item(), (rewards[0::2] > rewards[1::2]).sum().item() / cfg.batch]))
-        return loss
-
-    with run.log.time("rm_update"), frozen(run.rm.value_head), stops_at_bad_values(
-            run, step, lambda: [[run.rm.tokenizer.decode(ids) for ids, _ in pair] for pair in batch]):
-        accumulate(run.rm, micro_batches(range(len(batch)), longer, cfg.micro_tokens // 2), micro_loss)
-        run.log.put(rm_grad_norm=run.optimizers["rm"].step(run.lr_scale(step)))
-    loss, accuracy = total(*sums)
-    run.log.put(rm_loss=loss, rm_accuracy=accuracy)
-    return True
-
-def reward_model_step(run, batch, positive, negative):
-    """Step 2, Eq. 18-20: one step on backbone and reward head. True if there was anything to learn from.
-
-    The loss needs all rewards of a group at once, memory holds only a few rows. But the scoring pass already has the
-    rewards: take dL/dR on those (P,G) numbers, then back-propagate sum(R * dL/dR) in any micro-batches. Exact, and rows
-    whose dL/dR is 0 (filtered, one-sided prompts) cost nothing.
-    """
-    rewards = batch.rewards.clone().requires_grad_()
-    if run.cfg.rm_update == "offline":
-        return bradley_terry_step(run, run.pairs, batch.step)
-    loss = RM_LOSSES[run.cfg.rm_update](rewards, anchor(run, batch), positive, negative, batch.usable)
-    weights = torch.autograd.grad(loss, rewards)[0]
-    run.log.put(rm_loss=loss)
-    if not weights.any():
-        return False
-    own = mine(weights).flatten()
-    rows = own.nonzero()[:, 0].tolist() or [0]  # a rank with nothing to train on takes part with weight 0
-
-    def micro_loss(model, rows):
-        return (model(*model_inputs([batch.chats[row] for row in rows], own.device))[0] * own[rows]).sum()
-
-    with run.log.time("rm_update"), frozen(run.rm.value_head):
-        accumulate(run.rm, micro_batches(rows, batch.chats, run.cfg.micro_tokens), micro_loss)
-        run.log.put(rm_grad_norm=run.optimizers["rm"].step(run.lr_scale(batch.step)))
-    return True
-
-@contextlib.contextmanager
-def stops_at_bad_values(run, step, rows):
-    """A reward, loss or gradient that is not finite ends the run before an optimizer sees it; rows() go to a file."""
-    try:
-        yield
-    except FloatingPointError as error:
-        file = Path(run.cfg.out, f"nonfinite_rank_{RANK}.json")
-        write_json(file, {"step": step, "rank": RANK, "error": str(error), "rows": rows()})
-        raise FloatingPointError(f"step {step} rank {RANK}: {error}; this rank's rows are in {file}") from None
-
-def rows_of(batch):
-    """This rank's responses with what is known of them: of samples.jsonl, and of the file for bad values."""
-    group = batch.lengths.shape[1]
-    rewards = [None] * len(batch.texts) if batch.rewards is None else mine(batch.rewards).flatten().tolist()
-    truncated = (~mine(batch.ended)).flatten().tolist()
-    return [{"step": batch.step, "prompt": batch.prompts[i // group][0], "response": text, "reward": rewards[i],
-             "truncated": truncated[i]} for i, text in enumerate(batch.texts)]
+    model.zero_grad()
+    model.train()  # only because transformers recomputes activations in training mode alone: dropout is removed at load
+    wrapped = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True) if WORLD > 1 else model
+    for i, rows in enumerate(batches):
+        if WORLD > 1:
+            wrapped.require_backward_grad_sync = i == len(batches) - 1
+        (micro_loss(wrapped, rows) * WORLD).backward()
+    model.eval()
 
 @contextlib.contextmanager
 def frozen(module):
@@ -1157,201 +1027,260 @@ def frozen(module):
     yield
     module.requires_grad_(True)
 
-def value_step(run, rewards, features, usable, lr_scale=1.0):
-    """Eq. 12 and 21: one step on the value head, from features that carry no gradient. Returns the loss before it.
+# ---- 10. text and data ----------------------------------------------------------------------------------------------
+DATE = "26 Jul 2024"  # Llama-3.2's template prints today's date unless told otherwise: scores would change overnight
 
-    Every rank has all (P,H) features and takes the same step, so there is nothing to exchange.
+def encode_chats(tokenizer, chats, generation_prompt=False):
+    """Lists of messages -> lists of token ids, with exactly one BOS where the tokenizer wants one.
+
+    All chat templating is done here.
     """
-    loss = value_loss(run.rm.value(features), rewards, usable)
-    (run.cfg.value_coef * loss).backward()
-    run.optimizers["value"].step(lr_scale)
-    return loss.item()
+    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=generation_prompt,
+                                          date_string=DATE)
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]  # lone surrogates cannot be tokenized
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    wants_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
+    return [[bos] + ids if wants_bos and ids[:1] != [bos] else ids for ids in rows]
 
-@torch.no_grad()
-def response_log_probs(run, batch, rows):
-    """Log-probs of this rank's `rows` under the working copy -> (N/W, R), 0 elsewhere."""
-    result = torch.zeros(len(batch.sequences), int(batch.lengths.max()), device=run.cfg.device)
-    for part in micro_batches(rows, batch.sequences, run.cfg.micro_tokens):
-        inputs = model_inputs([batch.sequences[row] for row in part], run.cfg.device)
-        log_probs, _ = run.policy(*inputs, run.cfg.temperature)
-        result[part, :log_probs.shape[1]] = log_probs
-    return result
+def encode_chat(tokenizer, messages, generation_prompt=False):
+    """One chat -> token ids."""
+    return encode_chats(tokenizer, [messages], generation_prompt)[0]
 
-def policy_step(run, batch, keep, valid):
-    """Step 3: GRPO, RLOO or GSPO on the survivors `keep` (P,G) with the improved reward model's rewards."""
-    cfg, group = run.cfg, keep.shape[1]
-    trained = keep & (keep.sum(1, keepdim=True) >= 2)  # a single survivor has nothing to be compared with
-    if cfg.policy_requires_both_signs:
-        trained = trained & valid[:, None]
-    if not trained.any():
-        return
-    rows = mine(trained).flatten().nonzero()[:, 0].tolist()
-    baseline = trained if cfg.adv_group == "survivors" else torch.ones_like(keep)
-    needed = mine(baseline).flatten().nonzero()[:, 0].tolist()
-    old = reference = None
-    with run.log.time("log_probs"):
-        if cfg.num_minibatches > 1 or cfg.algo in ("rloo", "reinforce++"):
-            old = response_log_probs(run, batch, needed)
-        if cfg.kl_coef:
-            with run.optimizers["policy"].swapped():
-                reference = response_log_probs(run, batch, needed)
-    rewards = batch.rewards
-    if cfg.algo == "rloo" and cfg.kl_coef:  # k1 of the whole sequence, in the reward
-        rewards = rewards - cfg.kl_coef * gather((old - reference).sum(1).view(-1, group))
-    if cfg.algo == "reinforce++":
-        tokens = torch.arange(old.shape[1], device=old.device) < mine(batch.lengths).flatten()[:, None]
-        kl = cfg.kl_coef * (old - reference) if cfg.kl_coef else torch.zeros_like(old)
-        tokens = tokens & mine(trained).flatten()[:, None]
-        own_advantages = reinforce_advantages(mine(rewards).flatten(), kl, tokens, total)
-    else:
-        own_advantages = mine(ADVANTAGES[cfg.algo](rewards, baseline)).flatten()
-    sums, updates = torch.zeros(3), 0
+def encode_responses(tokenizer, messages, responses):
+    """One prompt, many response texts -> [(ids, prompt_length)] in the reward model's own template.
 
-    def micro_loss(model, rows):
-        log_probs, mask = model(*model_inputs([batch.sequences[row] for row in rows], cfg.device), cfg.temperature)
-        width = log_probs.shape[1]
-        # a single update: the ratio is exactly 1, where a second bf16 pass would put noise into it
-        before = log_probs if cfg.num_minibatches == 1 else old[rows, :width]
-        loss, stats = policy_loss(
-            log_probs, before, log_probs if reference is None else reference[rows, :width],
-            own_advantages[rows] if own_advantages.dim() == 1 else own_advantages[rows, :width], mask,
-            algo=cfg.algo, clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef)
-        weight = len(rows) / count if part_rows else 0  # 0 for a rank that only takes part
-        sums.add_(torch.tensor([loss.item(), stats["kl"].item(), stats["clipped"].item()]) * weight)
-        return loss * weight
+    V is read at the last token of the prompt rendered without generation prompt, which must be a token prefix of the
+    whole: true for the Llama-3, Qwen and ChatML templates, checked here for every other.
+    """
+    answered = [messages + [{"role": "assistant", "content": text}] for text in responses]
+    prompt, *rows = encode_chats(tokenizer, [messages, *answered])
+    if any(row[:len(prompt)] != prompt or len(row) == len(prompt) for row in rows):
+        fail("--rm: its chat template does not render the prompt as a token prefix of prompt and response, so one "
+             "causal pass cannot give both R and V")
+    return [(row, len(prompt)) for row in rows]
 
-    with run.log.time("policy_update"):
-        for part in torch.arange(len(keep)).chunk(cfg.num_minibatches):  # by prompt, in the global order
-            count = int(trained[part].sum())  # rows of this minibatch on all ranks, the mean's denominator
-            if count == 0:
-                continue
-            part_rows = [row for row in rows if RANK + WORLD * (row // group) in part]
-            accumulate(run.policy, micro_batches(part_rows or [0], batch.sequences, cfg.micro_tokens), micro_loss)
-            run.log.put(policy_grad_norm=run.optimizers["policy"].step(run.lr_scale(batch.step)))
-            updates += 1
-    loss, kl, clipped = (x / updates for x in total(*sums))
-    run.log.put(policy_loss=loss, kl=kl, clipped=clipped, survivors=trained.float().mean())
+def read_rows(source, flag):
+    """Yield (where, row) of a .json, .jsonl (plain or .gz) or .parquet file, or of a hub dataset `name[:split]`.
 
-# ---- 11. files: atomic folders and checkpoints ----------------------------------------------------------------------
+    JSON is read here because the reader in `datasets` changes texts: dates, and strings in columns of mixed types.
+    """
+    lines = source.removesuffix(".gz").endswith(".jsonl")
+    try:
+        if lines or source.removesuffix(".gz").endswith(".json"):
+            with (gzip.open if source.endswith(".gz") else open)(source, "rt", encoding="utf-8") as file:
+                rows = list(file) if lines else json.load(file)
+        elif Path(source).is_file() and not source.endswith(".parquet"):
+            raise ValueError("its name does not end in .json, .jsonl, .gz or .parquet")
+        else:
+            from datasets import load_dataset  # imported here: JSON files do not need it
+            name, _, split = source.partition(":")
+            rows = load_dataset("parquet", data_files=source, split="train") if source.endswith(".parquet") else \
+                load_dataset(name, split=split or "train")
+    except Exception as error:  # as in `load`
+        fail(f"--{flag} {source}: expected a .json, .jsonl or .parquet file or a hub dataset ({first_line(error)})")
+    if isinstance(rows, (dict, str)) or not len(rows):
+        fail(f"--{flag} {source}: expected a list of one row or more")
+    for number, row in enumerate(rows, 1):
+        where = f"--{flag} {source} row {number}"
+        try:
+            yield where, json.loads(row) if lines else row
+        except ValueError as error:
+            fail(f"{where}: not valid JSON ({first_line(error)})")
+
+def as_messages(value, where):
+    """A chat from a string or from a list of {"role", "content"}."""
+    if isinstance(value, str) and value.strip():
+        return [{"role": "user", "content": value}]
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        messages = [{key: message.get(key) for key in ("role", "content")} for message in value]
+        if all(isinstance(text, str) for message in messages for text in message.values()):
+            return messages
+    fail(f'{where}: expected a non-empty string or a list of {{"role", "content"}} messages, got {repr(value)[:80]}')
+
+def last_reply(value, where):
+    """The text of a response given as a string or as a whole chat that ends with it."""
+    return value if isinstance(value, str) else as_messages(value, where)[-1]["content"]
+
+def read_all(source, flag, parse):
+    """parse(row, where) of every row. A bad row of your own file stops the run; from a hub set it is dropped."""
+    parsed, count, why = [], 0, ""
+    for where, row in progress(read_rows(source, flag), flag, delay=5):
+        count += 1
+        try:
+            parsed.append(parse(row, where))
+        except (UsageError, TemplateError) as error:
+            message = str(error) if isinstance(error, UsageError) else \
+                f"{where}: the chat template refuses it ({first_line(error)})"
+            if Path(source).exists():
+                fail(message)
+            why = why or f"; the first: {message}"
+    kept = [item for item in parsed if item is not None]
+    say(f"{len(kept)} of {count} rows of {source} are used")
+    return kept or fail(f"--{flag} {source}: none of its {count} rows can be used{why}")
+
+def read_prompts(cfg, tokenizer):
+    """[(messages, policy token ids)] of --prompts: rows are strings, message lists, or {"prompt": either}."""
+    def parse(row, where):
+        messages = as_messages(row.get("prompt", row.get("messages")) if isinstance(row, dict) else row, where)
+        if messages[-1]["role"] == "assistant":
+            fail(f"{where}: the prompt ends with an assistant message, expected the user's")
+        ids = encode_chat(tokenizer, messages, generation_prompt=True)
+        if len(ids) > cfg.max_prompt_tokens:
+            fail(f"{where}: a prompt of {len(ids)} tokens, expected at most --max_prompt_tokens "
+                 f"{cfg.max_prompt_tokens}")
+        # F.1 on responses and 1024 tokens is read as R2M has it: leave out prompts whose known responses are longer
+        replies = [last_reply(row[side], where) for side in ("chosen", "rejected")
+                   if isinstance(row, dict) and side in row]
+        short = all(len(reply.encode("utf-8", "replace")) <= cfg.max_new_tokens  # a token has a byte or more
+                    or len(tokenizer(reply)["input_ids"]) <= cfg.max_new_tokens for reply in replies)
+        return (messages, ids) if short else None
+    return read_all(cfg.prompts, "prompts", parse)
+
+def read_pairs(cfg, source, flag, tokenizer):
+    """Rows of prompt, chosen, rejected -> [(chosen, rejected)], each (ids, prompt_length) in the RM's template."""
+    limit = cfg.max_prompt_tokens + cfg.max_new_tokens if flag == "pairs" else tokenizer.model_max_length
+
+    def parse(row, where):
+        missing = [side for side in ("chosen", "rejected") if not isinstance(row, dict) or not row.get(side)]
+        if missing:
+            fail(f"{where}: a pair needs both sides, {' and '.join(missing)} missing or empty")
+        prompt = row.get("prompt") or (row["chosen"][:-1] if isinstance(row["chosen"], list) else None)
+        sides = encode_responses(tokenizer, as_messages(prompt, where),
+                                 [last_reply(row[side], where) for side in ("chosen", "rejected")])
+        longest = max(len(ids) for ids, _ in sides)
+        if longest > limit:
+            fail(f"{where}: a pair of {longest} tokens, expected at most {limit}" + (
+                ", --max_prompt_tokens + --max_new_tokens" if flag == "pairs" else ", the reward model's context"))
+        return sides
+    return read_all(source, flag, parse)
+
+def model_inputs(sequences, device):
+    """[(ids, prompt_length)] -> input_ids (n,T) right-padded with 0, lengths (n,), prompt_lengths (n,).
+
+    For both models: causal ones never look at what is to the right.
+    """
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in sequences], batch_first=True)
+    lengths, prompt_lengths = torch.tensor([(len(ids), length) for ids, length in sequences], device=device).T
+    return ids.to(device), lengths, prompt_lengths
+
+def micro_batches(rows, sequences, budget):
+    """Split row numbers into lists of at most `budget` padded tokens (at least one row each), longest rows first.
+
+    The longest come first so that too little memory shows at once; sorting keeps padding to a few percent.
+    """
+    batches, width = [], 0
+    for row in sorted(rows, key=lambda row: (-len(sequences[row][0]), row)):
+        if not batches or (len(batches[-1]) + 1) * width > budget:
+            batches.append([])
+            width = len(sequences[row][0])
+        batches[-1].append(row)
+    return batches
+
+def seed_for(*purpose):
+    """A 63-bit seed from (seed, purpose, step, row, ...): no generator state to save, no replay on resume."""
+    return int.from_bytes(hashlib.blake2b(repr(purpose).encode(), digest_size=8).digest(), "big") >> 1
+
+def generator(*purpose):
+    """A CPU generator for one purpose, so that a GPU draws the same numbers."""
+    return torch.Generator().manual_seed(seed_for(*purpose))
+
+@functools.lru_cache(2)
+def permutation(count, *purpose):
+    """The order of `count` rows in one epoch."""
+    return torch.randperm(count, generator=generator(*purpose)).tolist()
+
+def draw(items, seed, purpose, start, count):
+    """Items start .. start+count-1 of an endless stream of shuffled epochs."""
+    return [items[permutation(len(items), seed, purpose, i // len(items))[i % len(items)]]
+            for i in range(start, start + count)]
+
+# ---- 11. checkpoints and logs ---------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def replaced_folder(path):
-    """Write into a temporary folder beside `path`, then put it in its place: a kill leaves the old or the new one."""
+    """On every rank: write into a temporary folder beside `path`; when all are through, rank 0 puts it in its place.
+
+    A kill leaves the old folder or the new one.
+    """
     path = Path(path)
     temporary, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("new", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if RANK == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
     yield temporary
-    for file in filter(Path.is_file, temporary.rglob("*")):  # tokenizers with several templates have a folder
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.replace(path, old)
-    os.replace(temporary, path)
-    shutil.rmtree(old, ignore_errors=True)
+    barrier()
+    if RANK == 0:
+        for file in filter(Path.is_file, temporary.rglob("*")):  # tokenizers with several templates have a folder
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
 
-RESUME_MAY_CHANGE = {"out", "resume", "resume_anyway", "save_every", "keep", "eval_every", "show_every", "heldout",
-                     "tensorboard", "wandb", "device", "offload", "checkpointing", "micro_tokens", "cache_tokens"}
+def write_model(folder, model, tokenizer):
+    """A stock Hugging Face folder."""
+    model.save_pretrained(folder, max_shard_size="5GB")  # a file's bytes are copied in host memory
+    tokenizer.save_pretrained(folder)
+
+def save_models(run):
+    """rm/ in fp32 from the masters, policy/ in the working precision, both stock Hugging Face folders."""
+    masters = run.optimizers["rm"].full_state() if "rm" in run.optimizers else None
+    if RANK == 0 and ("rm" in run.optimizers or "value" in run.optimizers):
+        run.rm.save_pretrained(Path(run.cfg.out, "rm"), masters)
+        say(f"reward model: {Path(run.cfg.out, 'rm')}")
+    if RANK == 0 and "policy" in run.optimizers:
+        with replaced_folder(Path(run.cfg.out, "policy")) as folder:
+            write_model(folder, run.policy.model, run.policy.tokenizer)
+        say(f"policy: {Path(run.cfg.out, 'policy')}")
+    barrier()
+
+RESUME_MAY_CHANGE = {"out", "resume", "save_every", "eval_every", "heldout", "device", "offload", "micro_tokens",
+                     "cache_tokens"}
 
 def checkpoints(out):
     """Complete checkpoints under --out, oldest first."""
-    return sorted(path for path in Path(out, "checkpoints").glob("step_*") if (path / "SHA256SUMS").is_file())
-
-def sha256_line(path):
-    """One line of SHA256SUMS, as `sha256sum -c` reads it."""
-    with open(path, "rb") as file:
-        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
+    return sorted(Path(out, "checkpoints").glob("step_*"))
 
 def save_checkpoint(run, step):
-    """checkpoints/step_000123: safetensors files of each rank, state.json, SHA256SUMS, then the rename that counts.
+    """checkpoints/step_000123/rank_00000.pt of each rank; the rename is what makes it one. Two are kept."""
+    state = {"step": step, "deflation": run.log.deflation, "config": dataclasses.asdict(run.cfg),
+             "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}}
+    with replaced_folder(Path(run.cfg.out, "checkpoints", f"step_{step:06d}")) as folder:
+        torch.save(state, folder / f"rank_{RANK:05d}.pt")
+    if RANK == 0:
+        for old in checkpoints(run.cfg.out)[:-2]:
+            shutil.rmtree(old)
 
-    A full disk costs this checkpoint; the run and the older checkpoints stay.
-    """
-    root = Path(run.cfg.out, "checkpoints")
-    folder, temporary = root / f"step_{step:06d}", root / f".step_{step:06d}.new"
-
-    def prepare():
-        if RANK == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-
-    def write_share():
-        state = {f"{name}.{key}": x for name, optimizer in run.optimizers.items()
-                 for key, x in optimizer.state_dict().items()}
-        for i, part in enumerate(in_host_memory(state)):
-            file = temporary / f"rank_{RANK:05d}_{i:03d}.safetensors"
-            safetensors.torch.save_file(part, file)
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-            (temporary / f"{file.name}.sha256").write_text(sha256_line(file))
-
-    def complete():
-        if RANK == 0:
-            write_json(temporary / "state.json", {"step": step, "deflation": run.log.deflation,
-                                                  "config": dataclasses.asdict(run.cfg), **versions()})
-            sums = [file.read_text() for file in sorted(temporary.glob("*.sha256"))]
-            (temporary / "SHA256SUMS").write_text("".join([*sums, sha256_line(temporary / "state.json")]))
-            for file in temporary.glob("*.sha256"):
-                file.unlink()
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-            for old in checkpoints(run.cfg.out)[:-run.cfg.keep]:
-                shutil.rmtree(old)
-
-    if not all(all_ranks_manage(part) for part in (prepare, write_share, complete)) and RANK == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        kept = [str(path) for path in checkpoints(run.cfg.out)[-1:]]
-        say(f"  the checkpoint of step {step} could not be written; the newest is {kept[0] if kept else 'none'}")
-
-def in_host_memory(state, limit=2 ** 30):
-    """{name: tensor} in parts of about `limit` bytes: the states of all ranks at once would need 87 GB of the host."""
-    part = {}
-    for name, x in state.items():
-        part[name] = x.cpu().contiguous()
-        if sum(y.nbytes for y in part.values()) >= limit:
-            yield part
-            part = {}
-    if part:
-        yield part
-
-def damaged(path):
-    """Names of the files of a checkpoint that are not as they were written; the ranks share the reading."""
-    lines = (path / "SHA256SUMS").read_text(encoding="latin1").splitlines(keepends=True)
-    if not lines or not lines[-1].endswith("  state.json\n"):
-        return ["SHA256SUMS"]
-    files = [path / line.rstrip("\n").split("  ")[-1] for line in lines]
-    wrong = [i for i in range(RANK, len(files), WORLD) if not files[i].is_file() or sha256_line(files[i]) != lines[i]]
-    counts = total(*(i in wrong for i in range(len(files))))
-    return [file.name for file, count in zip(files, counts) if count]
+def read_checkpoint(file):
+    """The state that one rank saved: tensors, strings and numbers, nothing that could run."""
+    try:
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch raises many types: all mean that it is not as it was written
+        fail(f"--resume: {file} cannot be read ({first_line(error)}); without its folder, the one before it is used")
 
 def checkpoint_to_resume(cfg):
-    """The newest intact checkpoint if --resume asks for one and there is one; it must be of this configuration."""
+    """The newest checkpoint if --resume asks for one and there is one; it must be of this configuration."""
     found = checkpoints(cfg.out) if cfg.resume else []
-    for path in reversed(found):
-        wrong = damaged(path)
-        if wrong:
-            say(f"--resume: {path} is damaged ({', '.join(wrong)}), the one before it is tried")
-            continue
-        saved, now = json.loads((path / "state.json").read_text())["config"], dataclasses.asdict(cfg)
-        changed = [f"--{name} was {saved.get(name)!r}, is {now[name]!r}" for name in now
-                   if name not in RESUME_MAY_CHANGE and saved.get(name) != now[name]]
-        if changed and not cfg.resume_anyway:
-            fail(f"--resume: {path} is of another configuration: {'; '.join(changed)} (--resume_anyway takes it)")
-        return path
-    return fail(f"--resume: all {len(found)} checkpoints under {cfg.out} are damaged") if found else None
+    if not found:
+        return None
+    saved, now = read_checkpoint(found[-1] / "rank_00000.pt")["config"], dataclasses.asdict(cfg)
+    changed = [f"--{name} was {saved.get(name)!r}, is {now[name]!r}" for name in now
+               if name not in RESUME_MAY_CHANGE and saved.get(name) != now[name]]
+    return found[-1] if not changed else fail(f"--resume: {found[-1]} is of other flags: {'; '.join(changed)}")
 
 def load_checkpoint(run):
     """Take over the state of the checkpoint to resume from. Returns its step, 0 if there is none."""
     if not run.checkpoint:
         return 0
-    for file in sorted(run.checkpoint.glob("rank_*.safetensors")):  # of however many ranks there were
-        with safetensors.safe_open(file, "pt") as shard:
-            for key in shard.keys():
-                optimizer, kind, name = key.split(".", 2)
-                run.optimizers[optimizer].load(kind, name, lambda: shard.get_tensor(key))
+    for file in sorted(run.checkpoint.glob("rank_*.pt")):  # of however many ranks there were
+        state = read_checkpoint(file)
+        for name, optimizer in run.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
     for optimizer in run.optimizers.values():
         optimizer.publish(optimizer.masters)
-    state = json.loads((run.checkpoint / "state.json").read_text())
     run.log.deflation = state["deflation"]
     say(f"resumed from {run.checkpoint}")
     return state["step"]
@@ -1363,29 +1292,15 @@ def write_json(path, value):
         file.flush()
         os.fsync(file.fileno())
 
-def save_models(run):
-    """rm/ in fp32 from the masters, policy/ in the working precision, both stock Hugging Face folders."""
-    out = Path(run.cfg.out)
-    if run.cfg.emulate_world:
-        return say("--emulate_world: one rank's share was trained, so no model is written")
-    if "rm" in run.optimizers or "value" in run.optimizers:
-        masters = run.optimizers["rm"].full_state() if "rm" in run.optimizers else None
-        if RANK == 0:
-            run.rm.save_pretrained(out / "rm", masters)
-        say(f"reward model: {out / 'rm'}")
-    if "policy" in run.optimizers and RANK == 0:
-        with replaced_folder(out / "policy") as folder:
-            run.policy.model.save_pretrained(folder, max_shard_size="5GB")
-            run.policy.tokenizer.save_pretrained(folder)
-        say(f"policy: {out / 'policy'}")
-    barrier()
-
-# ---- 12. logging ----------------------------------------------------------------------------------------------------
 def say(*words):
     """Print on rank 0, without breaking a progress bar."""
     if RANK == 0:
         tqdm.write(" ".join(str(word) for word in words))
         sys.stdout.flush()  # a log file shows it now, not when a buffer is full
+
+def progress(items, desc, **options):
+    """A progress bar on rank 0, where the output is a terminal."""
+    return tqdm(items, desc=desc, disable=None if RANK == 0 else True, **options)
 
 def versions():
     """What made this run."""
@@ -1393,27 +1308,18 @@ def versions():
             "world": WORLD, "sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
 
 class Log:
-    """metrics.jsonl (first record: configuration and versions), samples.jsonl, one console line a step."""
+    """metrics.jsonl (first record: configuration and versions), samples.jsonl, now and then a line on the console."""
 
     def __init__(self, cfg):
-        self.cfg, self.record, self.boards, self.failing, self.deflation = cfg, {}, [], set(), 1.0
-        if RANK > 0:
-            return
+        self.cfg, self.record, self.failing, self.deflation = cfg, {}, set(), 1.0
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        if cfg.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(cfg.out)
-            self.boards.append(lambda numbers, step: [writer.add_scalar(name, x, step) for name, x in numbers.items()])
-        if cfg.wandb:
-            import wandb
-            board = wandb.init(project="save", config=dataclasses.asdict(cfg))
-            self.boards.append(lambda numbers, step: board.log(numbers, step=step))
         self.append("metrics.jsonl", {"config": dataclasses.asdict(cfg), **versions()})
 
     def append(self, name, *records):
-        """Add JSON lines to a file under --out."""
-        with open(Path(self.cfg.out, name), "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        """Add JSON lines to a file under --out, on rank 0."""
+        if RANK == 0:
+            with open(Path(self.cfg.out, name), "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
 
     def forget_after(self, step):
         """Drop what a broken run had logged after the checkpoint: those steps come again."""
@@ -1442,23 +1348,18 @@ class Log:
         yield
         if self.cfg.on_gpu:
             torch.cuda.synchronize()
-            self.put(**{f"{phase}_gb": torch.cuda.max_memory_allocated() / 1e9})
+            peak = max(torch.cuda.max_memory_allocated() / 1e9, self.record.get(f"{phase}_gb", 0))
+            self.put(**{f"{phase}_gb": peak})
         self.put(**{f"{phase}_seconds": self.record.get(f"{phase}_seconds", 0) + time.perf_counter() - start})
 
     def write(self, step, stage):
-        """Close the record of a step: to disk, to the boards and, as one line, to the console."""
-        kib = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
-        record = {"step": step, "stage": stage, **self.record,
-                  "host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib / 1e9}
-        self.record = {}
-        if RANK == 0:
-            self.append("metrics.jsonl", record)
-            for board in self.boards:
-                board({name: x for name, x in record.items() if isinstance(x, (int, float))}, step)
+        """Close the record of a step: to disk and, for every tenth, as one line to the console."""
+        record, self.record = {"step": step, "stage": stage, **self.record}, {}
+        self.append("metrics.jsonl", record)
         shown = {"loss": "rm_loss", "acc": "rm_accuracy", "R": "reward", "spread": "reward_spread", "kept": "kept",
                  "V bias": "value_bias", "valid": "valid", "truncated": "truncated", "R shift": "reward_shift",
                  "kl": "kl", "tok/s": "tokens_per_second", "s": "step_seconds"}
-        if step:
+        if step == 1 or step == self.cfg.steps or step and step % 10 == 0:
             say(f"{stage} {step}", *(f" {label} {record[name]:.4g}" for label, name in shown.items() if name in record))
 
 def record_scores(run, batch, positive, negative, valid):
@@ -1468,24 +1369,36 @@ def record_scores(run, batch, positive, negative, valid):
                 positive=positive.float().mean(), valid=valid.float().mean(), truncated=1 - batch.ended.float().mean(),
                 usable=batch.usable.float().mean(), response_tokens=batch.lengths.float().mean(),
                 tokens_per_second=batch.lengths.sum().item() / run.log.record["rollout_seconds"])
-    if run.cfg.rm_update in HAS_VALUE_HEAD:
+    if RM_UPDATES[run.cfg.rm_update].anchor == "value head":
         bias = anchor(run, batch) - masked_mean(rewards, batch.usable, 1)
         run.log.put(value_bias=bias.mean(), value_rmse=bias.square().mean().sqrt(),
-                    threshold=threshold(run.cfg, batch.step))
+                    threshold=curriculum_threshold(batch.step, run.cfg.steps, run.cfg.m0))
+
+def rows_of(batch):
+    """This rank's responses with what is known of them: of samples.jsonl, and of the file for bad values."""
+    group = batch.lengths.shape[1]
+    rewards = [None] * len(batch.texts) if batch.rewards is None else mine(batch.rewards).flatten().tolist()
+    truncated = (~mine(batch.ended)).flatten().tolist()
+    return [{"step": batch.step, "prompt": batch.prompts[i // group][0], "response": text, "reward": rewards[i],
+             "truncated": truncated[i]} for i, text in enumerate(batch.texts)]
 
 def record_samples(run, batch, positive, negative):
-    """Append rank 0's responses of this step to samples.jsonl; now and then print the best and the worst."""
-    if RANK > 0:
-        return
+    """Append rank 0's responses of this step to samples.jsonl."""
     group, values = batch.lengths.shape[1], mine(anchor(run, batch)).tolist()
     sides = mine(positive.int() - negative.int()).flatten().tolist()
-    rows = [{**row, "value": values[i // group], "side": {1: "+", 0: "", -1: "-"}[sides[i]], "kept": sides[i] != 0}
-            for i, row in enumerate(rows_of(batch))]
-    run.log.append("samples.jsonl", *rows)
-    if run.cfg.show_every and (batch.step - 1) % run.cfg.show_every == 0:
-        for best in (max, min):
-            row = best(rows, key=lambda row: row["reward"])
-            say(f"  R {row['reward']:.3f}  {row['prompt'][-1]['content'][-80:]!r} -> {row['response'][:160]!r}")
+    run.log.append("samples.jsonl", *(
+        {**row, "value": values[i // group], "side": {1: "+", 0: "", -1: "-"}[sides[i]], "kept": sides[i] != 0}
+        for i, row in enumerate(rows_of(batch))))
+
+@contextlib.contextmanager
+def stops_at_bad_values(run, step, rows):
+    """A reward, loss or gradient that is not finite ends the run before an optimizer sees it; rows() go to a file."""
+    try:
+        yield
+    except FloatingPointError as error:
+        file = Path(run.cfg.out, f"nonfinite_rank_{RANK}.json")
+        write_json(file, {"step": step, "rank": RANK, "error": str(error), "rows": rows()})
+        raise FloatingPointError(f"step {step} rank {RANK}: {error}; this rank's rows are in {file}") from None
 
 def health(run):
     """Say, when it begins, in which way a run does nothing or drifts. Returns what is wrong now."""
@@ -1493,7 +1406,7 @@ def health(run):
     checks = {
         "nothing is kept, every |R - V| is below the threshold: lower --m0": now["kept"] == 0,
         "no prompt has both signs, the reward model learns nothing: raise --group, or --value_epochs to fit V better":
-            now["kept"] > 0 == now["valid"] and run.cfg.rm_update not in HAS_NO_ANCHOR,
+            now["kept"] > 0 == now["valid"] and RM_UPDATES[run.cfg.rm_update].anchor != "",
         "V is off by more than the reward spread: raise --value_lr or --value_epochs, or --lr_value":
             abs(now.get("value_bias", 0)) > now["reward_spread"] > 0,
         "more than half of the responses are truncated: raise --max_new_tokens": now["truncated"] > 0.5,
@@ -1507,164 +1420,23 @@ def health(run):
     run.log.failing = failing
     return sorted(failing)
 
-# ---- 13. stages -----------------------------------------------------------------------------------------------------
-def heldout_accuracy(run, heldout):
-    """Share of pairs with R(chosen) > R(rejected), in percent, for each --heldout file; a tie counts as wrong."""
-    for name, pairs in heldout.items():
-        own = [side for pair in mine(pairs) for side in pair]
-        rewards, _ = score(run.rm, own, run.cfg.micro_tokens)
-        accuracy = 100 * total((rewards[0::2] > rewards[1::2]).sum())[0] / len(pairs)
-        run.log.put(**{f"accuracy_{name}": accuracy})
-        say(f"  accuracy on {name}: {accuracy:.2f} % of {len(pairs)} pairs")
+# ---- 12. main -------------------------------------------------------------------------------------------------------
+ASKED_TO_STOP = []
 
-def each_step(run, heldout, stage):
-    """Yield the steps of a stage; around them resume, evaluate, log and save."""
-    steps, done = run.cfg.steps, load_checkpoint(run)
-    if not done:
-        heldout_accuracy(run, heldout)
-        run.log.write(0, stage)
-    for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, desc=stage, disable=RANK > 0):
-        start = time.perf_counter()
-        yield step
-        run.log.put(step_seconds=time.perf_counter() - start)
-        if step == steps or (run.cfg.eval_every and step % run.cfg.eval_every == 0):
-            heldout_accuracy(run, heldout)
-        run.log.write(step, stage)
-        stopping = asked_to_stop()
-        if stopping or (run.cfg.save_every and step % run.cfg.save_every == 0):
-            save_checkpoint(run, step)
-        if stopping:
-            say(f"stopped by SIGTERM after step {step}: --resume goes on from there")
-            sys.exit(0)
+def asked_to_stop():
+    """Whether any rank got SIGTERM or Ctrl-C: all of them stop at the same step."""
+    return total(len(ASKED_TO_STOP))[0] > 0
 
-def preference_stage(run, pairs, heldout):
-    """Stage 1, Eq. 11: Bradley-Terry on chosen and rejected."""
-    run.rm.has_value_head = False  # a value head it may have had belongs to other rewards
-    for step in each_step(run, heldout, "preference"):
-        bradley_terry_step(run, pairs, step)
-    save_models(run)
+def first_line(error):
+    """The first non-empty line of an exception."""
+    return next((line.strip() for line in str(error).split("\n") if line.strip()), type(error).__name__)[:200]
 
-def value_stage(run, prompts):
-    """Stage 2, Eq. 12: fit V to the mean reward of K responses of the sampling policy; the reward model is frozen.
-
-    Each prompt is sampled and scored once; rewards and features are kept, so further epochs cost nothing.
-    """
-    cfg, batches = run.cfg, []
-    count = cfg.value_prompts or min(len(prompts), cfg.batch * cfg.steps)
-    count = max(1, count // cfg.batch) * cfg.batch  # whole batches: every rank has the same number of prompts
-    chosen = draw(prompts, cfg.seed, "value prompts", 0, count)
-    for start in tqdm(range(0, count, cfg.batch), desc="value: sample and score", disable=RANK > 0):
-        batch = sample(run, chosen[start:start + cfg.batch], cfg.value_k, start, "value")
-        with stops_at_bad_values(run, 0, lambda: rows_of(batch)):
-            score_batch(run, batch)
-        if asked_to_stop():
-            say("stopped by SIGTERM in the value stage, which starts over")
-            sys.exit(0)
-        usable = torch.ones_like(batch.usable) if cfg.v_full_group else batch.usable
-        batches.append((batch.rewards, batch.features, usable))
-    data = [torch.cat(tensors) for tensors in zip(*batches)]
-    run.optimizers["value"] = ShardedAdamW(run.rm.value_head, cfg.value_lr, cfg)
-    for _ in range(cfg.value_epochs):
-        for part in torch.arange(count).split(cfg.value_batch):
-            value_step(run, *(x[part] for x in data))
-    run.rm.has_value_head = True
-    with torch.no_grad():
-        rewards, features, usable = data
-        targets = masked_mean(rewards, usable, 1)
-        error, variance = value_loss(run.rm.value(features), rewards, usable).item(), targets.var(correction=0).item()
-    run.log.put(value_loss=error, value_target_variance=variance)
-    run.log.write(0, "value")
-    say(f"value head: mean squared error {error:.4g} on its own {count} prompts x {cfg.value_k} responses; "
-        f"the variance of their mean rewards is {variance:.4g}")
-
-def save_step(run, step, prompts):
-    """Algorithm 2, line 2, then the rest on these responses. `prompts`: this step's, for all ranks."""
-    batch = sample(run, prompts, run.cfg.group, step)
-    with stops_at_bad_values(run, step, lambda: rows_of(batch)):
-        learn(run, batch)
-
-def learn(run, batch):
-    """Algorithm 2, lines 3 to 17."""
-    cfg, log = run.cfg, run.log
-    score_batch(run, batch)
-    label_batch(run, batch)
-    positive, negative, valid = filtered(run, batch, batch.usable)  # step 1
-    record_scores(run, batch, positive, negative, valid)
-    record_samples(run, batch, positive, negative)
-
-    if cfg.rm_update != "none":  # step 2
-        before = batch.rewards
-        if reward_model_step(run, batch, positive, negative):
-            score_batch(run, batch)
-            log.deflation *= (batch.rewards.std(1).mean() / before.std(1).mean()).item()
-            log.put(reward_shift=(batch.rewards - before).abs().mean(), deflation=log.deflation)
-        if cfg.rm_update in HAS_VALUE_HEAD:
-            usable = None if cfg.v_full_group else batch.usable
-            log.put(value_loss=value_step(run, batch.rewards, batch.features, usable, run.lr_scale(batch.step)))
-
-    if not cfg.freeze_policy:  # step 3
-        positive, negative, valid = filtered(run, batch, batch.usable if cfg.mask_truncated else None)
-        policy_step(run, batch, positive | negative, valid)
-    log.put(health=health(run))
-
-TO_SAVE_MEMORY = ("lower --micro_tokens (scores, log-probs and updates), --cache_tokens (rollout) or --max_new_tokens, "
-                  "or set --offload")
-
-def rehearse(run):
-    """Put the longest batch that can come through every phase and throw it away: too little memory shows now.
-
-    Gradients and the cache are as large as they can get, moments that do not exist yet are stood in for. Nothing is
-    exchanged in here, so that no rank waits for one that fails.
-    """
-    cfg, rows, error = run.cfg, run.cfg.batch // WORLD * run.cfg.group, None
-    width = cfg.max_prompt_tokens + cfg.max_new_tokens
-    prompts = min(rows // cfg.group, max(1, (cfg.cache_tokens or sys.maxsize) // (cfg.group * width)))
-    longest = [([1] * width, cfg.max_prompt_tokens)] * rows
-    part = model_inputs([longest[row] for row in micro_batches(range(rows), longest, cfg.micro_tokens)[0]], cfg.device)
-    try:
-        phase = "the optimizers' states"
-        moments = [torch.empty_like(master) for optimizer in run.optimizers.values()  # noqa: F841, held until the end
-                   for master in optimizer.masters.values() if master not in optimizer.adamw.state for _ in range(2)]
-        phase = "the rollout"
-        longest_cache(run.policy.model, prompts, cfg.group, cfg.max_prompt_tokens, width)
-        for name, model, rest in (("rm", run.rm, ()), ("policy", run.policy, (cfg.temperature,))):
-            phase = f"the update of --{name}"
-            if name in run.optimizers:
-                model.train()
-                model(*part, *rest)[0].sum().backward()
-                model.zero_grad()
-                model.eval()
-    except torch.OutOfMemoryError as trouble:
-        error = f"{phase} ({first_line(trouble)})"
-    if total(error is not None)[0]:
-        fail(f"too little GPU memory for {error or 'another rank'}; the longest batch has {rows} rows of {width} "
-             f"tokens on each rank: {TO_SAVE_MEMORY}")
-
-@torch.no_grad()
-def longest_cache(model, prompts, group, prompt_tokens, width):
-    """Prefill, then the last decoding step: the cache is as long as it gets in `decode`."""
-    cache, rows = DynamicCache(config=model.config), prompts * group
-    ids = torch.ones(prompts, prompt_tokens, dtype=torch.long, device=model.device)
-    model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
-    cache.batch_repeat_interleave(group)
-    for layer in cache.layers:
-        layer.keys, layer.values = (x.new_zeros(*x.shape[:2], width - 2, x.shape[3])
-                                    for x in (layer.keys, layer.values))
-    model(input_ids=ids[:1, :1].expand(rows, 1), past_key_values=cache, logits_to_keep=1,
-          attention_mask=torch.ones(rows, width - 1, dtype=torch.long, device=model.device))
-
-def save_stage(run, prompts, heldout):
-    """Algorithm 2: the reward model and the policy train each other for T steps."""
-    for step in each_step(run, heldout, "save"):
-        save_step(run, step, draw(prompts, run.cfg.seed, "prompts", (step - 1) * run.cfg.batch, run.cfg.batch))
-    save_models(run)
-
-# ---- 14. main -------------------------------------------------------------------------------------------------------
 def main(argv=None, kind=Config):
     """Parse, check, load, run. Bad input: one line on stderr and exit code 2, before anything is written."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    before, ASKED_TO_STOP[:] = watch_for_sigterm(), []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    ASKED_TO_STOP.clear()
     try:
         cfg = parse_config(argv, kind).checked()
         start_ranks(cfg.device)
@@ -1674,8 +1446,8 @@ def main(argv=None, kind=Config):
             print(f"save.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"save.py: error: rank {RANK} ran out of GPU memory: {TO_SAVE_MEMORY} ({first_line(error)})",
-              file=sys.stderr)
+        print(f"save.py: error: rank {RANK} ran out of GPU memory: lower --micro_tokens (scores, log-probs, updates), "
+              f"--cache_tokens (rollout) or --max_new_tokens, or set --offload ({first_line(error)})", file=sys.stderr)
         os._exit(1)  # other ranks may wait for this one: torchrun ends them
     except (FloatingPointError, SafetensorError, OSError) as error:  # bad values; a disk that is full or gone
         print(f"save.py: error: {error}; checkpoints are as they were", file=sys.stderr)
@@ -1687,7 +1459,8 @@ def main(argv=None, kind=Config):
               file=sys.stderr)
         os._exit(1)  # the process group is broken: leaving it in order would wait for the lost rank
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         stop_ranks()
 
 def train(cfg):
@@ -1696,36 +1469,27 @@ def train(cfg):
         fail(f"--out {cfg.out}: it holds checkpoints of an earlier run: --resume, or another --out")
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
         fail(f"--out {cfg.out}: expected a folder, it is a file")
-    for package in ("tensorboard", "wandb"):
-        try:
-            getattr(cfg, package) and importlib.import_module(package)
-        except ImportError:
-            fail(f"--{package}: expected the {package} package to be installed")
-    preference, saving = cfg.stage == "preference", cfg.stage in ("", "save")
-    anchored, offline = cfg.rm_update in HAS_VALUE_HEAD, saving and cfg.rm_update == "offline"
+    preference, saving, update = cfg.stage == "preference", cfg.stage in ("", "save"), RM_UPDATES[cfg.rm_update]
+    anchored = update.anchor == "value head"
     rm_tokenizer = load_tokenizer(cfg.rm, "rm")
     heldout = {name_of(file): read_pairs(cfg, file, "heldout", rm_tokenizer) for file in cfg.heldout}
-    pairs = read_pairs(cfg, cfg.pairs, "pairs", rm_tokenizer) if preference or offline else None
+    pairs = read_pairs(cfg, cfg.pairs, "pairs", rm_tokenizer) if preference else None
     prompts = None if preference else read_prompts(cfg, load_tokenizer(cfg.policy, "policy"))
     if preference and cfg.steps is None:
-        cfg = dataclasses.replace(cfg, steps=max(1, len(pairs) * cfg.epochs // cfg.batch))
+        cfg = dataclasses.replace(cfg, steps=max(1, len(pairs) // cfg.batch))
     found = checkpoint_to_resume(cfg)
     rm = one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm, preference, cfg.seed).to(cfg.device))
-    run = Run(cfg, rm, checkpoint=found, pairs=pairs)
-    if saving and anchored and not run.rm.has_value_head and (cfg.stage == "save" or cfg.label_rms):
+    run = Run(cfg, rm, checkpoint=found)
+    if anchored and cfg.stage == "save" and not rm.has_value_head:
         fail(f"--rm {cfg.rm}: it holds no value_head.safetensors; run --stage value first, or leave --stage out")
-    for path in [cfg.rm, *cfg.label_rms] if saving and cfg.label_rms else []:
-        run.labels.append(one_rank_at_a_time(lambda: to_working_copy(RewardModel.from_pretrained(path), cfg)))
-        if not run.labels[-1].has_value_head:
-            fail(f"--label_rms {path}: it holds no value_head.safetensors; run --stage value with --rm {path} first")
     # masters before working copies: they are taken in the checkpoint's precision, before it is rounded to --dtype
-    if preference or (saving and cfg.rm_update != "none"):
-        run.optimizers["rm"] = ShardedAdamW(run.rm.model, cfg.lr_rm, cfg)
-    to_working_copy(run.rm, cfg)
+    if preference or (saving and update.loss):
+        run.optimizers["rm"] = ShardedAdamW(rm.model, cfg.lr_rm, cfg)
+    to_working_copy(rm, cfg)
     if not preference:
         run.policy = one_rank_at_a_time(lambda: Policy.from_pretrained(cfg.policy).to(cfg.device))
         check_context(cfg, run)
-        if saving and not cfg.freeze_policy:
+        if saving:
             run.optimizers["policy"] = ShardedAdamW(run.policy.model, cfg.lr_policy, cfg, keep_initial=cfg.kl_coef > 0)
         to_working_copy(run.policy, cfg).check_logits(cfg.policy)
 
@@ -1734,22 +1498,20 @@ def train(cfg):
         run.log.forget_after(int(found.name.removeprefix("step_")) if found else -1)
     if preference:
         return preference_stage(run, pairs, heldout)
-    if cfg.on_gpu:  # before the value stage, which takes hours at full size
-        rehearse(run)
-    if cfg.stage == "value" or (anchored and not run.rm.has_value_head and not found):
+    if cfg.stage == "value" or (anchored and not rm.has_value_head and not found):
         value_stage(run, prompts)
     if cfg.stage == "value":  # nothing but the head was trained: the rest as it was before it was rounded to --dtype
         if cfg.dtype != "float32":
-            run.rm.model = one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm)).model
+            rm.model = one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm)).model
         return save_models(run)
     if anchored:
-        run.optimizers["value"] = ShardedAdamW(run.rm.value_head, cfg.lr_value, cfg)
-        run.rm.has_value_head = True
+        run.optimizers["value"] = ShardedAdamW(rm.value_head, cfg.lr_value, cfg)
+        rm.has_value_head = True
     save_stage(run, prompts, heldout)
 
 def name_of(source):
     """data/heldout_id.jsonl.gz -> heldout_id."""
-    return re.sub(r"(\.jsonl?)?(\.gz)?$", "", Path(source).name)
+    return re.sub(r"(\.jsonl?|\.parquet)?(\.gz)?$", "", Path(source).name)
 
 def check_context(cfg, run):
     """A prompt and the longest response must fit both models."""
