@@ -35,7 +35,7 @@ laptop() {
   [ -f "$data/world.json" ] || "$PYTHON" tests/toy.py --out "$data" --world "$world" --seed "$seed"
   "$PYTHON" save.py --policy "$data/policy" --rm "$data/rm" --prompts "$data/prompts.jsonl" --out "$run" \
     --heldout "$data"/heldout_*.jsonl --eval_every 10 $("$PYTHON" tests/toy.py --flags) --seed "$seed" "$@" |
-    awk '!/^  accuracy on|rows of .* are used/ && !(/^  health/ && seen[$0]++) {print; fflush()}'  # the rest is in the logs
+    awk '!/^  accuracy on|rows of .* are used/ && !(/^  health/ && seen[$0]++) {print; fflush()}'  # all is in the logs
   "$PYTHON" eval.py --rm "$data/rm" "$run/rm" --bench "$data"/heldout_*.jsonl --out "$run/eval" > "$run/eval.txt"
   "$PYTHON" tests/toy.py --report "$data" "$run"
 }

@@ -1,4 +1,6 @@
-"""The figures of tests/results/README.md from the results of tables.py.  Needs matplotlib, which requirements.txt leaves out.
+"""The figures of tests/results/README.md from results.jsonl.
+
+Needs matplotlib, which requirements.txt leaves out.
 
     python tests/figures.py --results runs/tables/results.jsonl --out runs/tables
 

@@ -7,10 +7,10 @@
     python tests/tables.py table1 --out runs/tables --worlds noisy --seeds 10 11 --jobs 2
 
 Each world and seed is built once; its value head is fitted once and shared by all rows; a row that is in several tables
-is run once. results.jsonl holds every number of all tables so far, a line a run, results.md each table's mean and standard error over
-seeds, the paired difference to the initial RM and the seeds that improved, and the paired difference of the policy's
-gold reward to GRPO with the frozen RM. Seeds 0 to 2, and the reward model of seed 10, were looked at when the
-world was made; none for what SAVE does on it.
+is run once. results.jsonl holds every number of all tables so far, a line a run, results.md each table's mean and
+standard error over seeds, the paired difference to the initial RM and the seeds that improved, and the paired
+difference of the policy's gold reward to GRPO with the frozen RM. Seeds 0 to 2, and the reward model of seed 10, were
+looked at when the world was made; none for what SAVE does on it.
 """
 import argparse
 import concurrent.futures

@@ -111,7 +111,7 @@ def test_commands_of_eval(folder, monkeypatch):
 
 @pytest.fixture
 def fork(folder, monkeypatch):
-    """fork(snippet, flags...): run a snippet as its file would run; -> records of its metrics.jsonl and samples.jsonl."""
+    """fork(snippet, flags...) -> metrics.jsonl and samples.jsonl of the snippet, run as its file would run."""
     monkeypatch.chdir(folder)
     for name in ("RM_UPDATES", "ALGORITHMS"):
         monkeypatch.setattr(save, name, dict(getattr(save, name)))

@@ -410,7 +410,7 @@ def report(data, run):
         means = [statistics.mean(bias[i:i + every]) for i in range(0, len(bias), every)]
         print(f"V minus group mean, {every} steps a block:  {trend(means)}")
     print(f"\n{verdict(changes)}")
-    print(f"reward model {run}/rm, policy {run}/policy, logs {run}/metrics.jsonl and samples.jsonl")
+    print(f"In {run}: rm/, policy/, metrics.jsonl, samples.jsonl, eval/ and its table eval.txt")
 
 
 def print_accuracies(file):
@@ -447,8 +447,8 @@ def verdict(changes):
     low, high = interval(changes)
     what = "got better" if low > 0 else "got worse" if high < 0 else "did not clearly change"
     every, gain = torch.cat(changes), 100 * statistics.mean(change.mean().item() for change in changes)
-    return (f"The reward model {what}: {gain:+.2f} points, 95 % interval [{low:+.2f}, {high:+.2f}]. Of {len(every)} "
-            f"held-out pairs {int((every > 0).sum())} became right and {int((every < 0).sum())} wrong.")
+    return (f"The reward model {what}: {gain:+.2f} points, 95 % interval [{low:+.2f}, {high:+.2f}];\n"
+            f"of {len(every)} held-out pairs {int((every > 0).sum())} became right and {int((every < 0).sum())} wrong.")
 
 
 def trend(values):
@@ -485,7 +485,11 @@ def main(argv=None):
     if args.flags:
         print(" ".join(LAPTOP_FLAGS))
     elif args.report:
-        report(*args.report)
+        data, run = map(Path, args.report)
+        for file in (data / "prompts_test.jsonl", run / "metrics.jsonl", run / "eval" / "scores.jsonl"):
+            if not file.is_file():
+                parser.error(f"--report {data} {run}: no {file}, expected a world and what run.sh makes of it")
+        report(data, run)
     elif args.extra_rm:
         out = Path(args.out)
         train_rm(out / f"rm_{args.extra_rm}", out / "policy", out / "pairs.jsonl", args.world,
