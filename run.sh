@@ -33,9 +33,10 @@ laptop() {
   while [ -e "$run" ]; do run=$data-save-$((again++)); done
   [ "$again" = 2 ] || echo "$data-save is an earlier result and stays: this one goes to $run"
   [ -f "$data/world.json" ] || "$PYTHON" tests/toy.py --out "$data" --world "$world" --seed "$seed"
+  # the console gets each complaint once, the logs have all; Ctrl-C is for save.py to answer
   "$PYTHON" save.py --policy "$data/policy" --rm "$data/rm" --prompts "$data/prompts.jsonl" --out "$run" \
     --heldout "$data"/heldout_*.jsonl --eval_every 10 $("$PYTHON" tests/toy.py --flags) --seed "$seed" "$@" |
-    awk '!/^  accuracy on|rows of .* are used/ && !(/^  health/ && seen[$0]++) {print; fflush()}'  # all is in the logs
+    { trap "" INT; awk '!/^  accuracy on|rows of .* are used/ && !(/^  health/ && seen[$0]++) {print; fflush()}'; }
   "$PYTHON" eval.py --rm "$data/rm" "$run/rm" --bench "$data"/heldout_*.jsonl --out "$run/eval" > "$run/eval.txt"
   "$PYTHON" tests/toy.py --report "$data" "$run"
 }

@@ -1,4 +1,5 @@
 """Every command and every snippet of README.md runs, on untrained tiny models and for a step or two."""
+import inspect
 import json
 import os
 import pathlib
@@ -58,6 +59,8 @@ def test_names_in_the_readme_exist():
     assert set(re.findall(r"--[a-z][\w-]+", README)) <= known
     for name in re.findall(r"`([a-zA-Z_]+)`", README.split("## From the paper")[1].split("## When something")[0]):
         assert hasattr(save, name) or name in ("usable",), name
+    for text in re.findall(r"`health: (?:\.\.\. )?([^`]+)`", README):
+        assert text in inspect.getsource(save.health), text
     drawn = re.findall(r'(?:"|, | the )([a-z]+_[a-z_]+)', README.split("```mermaid")[1].split("```")[0])
     assert len(drawn) >= 5 and all(hasattr(save, name) for name in drawn), drawn
 

@@ -115,6 +115,18 @@ def test_diagnostics_are_means_of_blocks():
     points = [(step, step) for step in range(1, 26)] + [(41, 7), (42, 9)]
     assert tables.blocks(points) == [5.5, 15.5, 23.0, None, 8.0] and tables.blocks([]) == []
 
+def test_learning_rates_of_the_readme():
+    """The gains in its table of learning rates, and that of SAVE in its text, are those of results.jsonl."""
+    root = tables.Path(__file__).resolve().parents[1]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    rows = figures.read_results(root / "tests/results/results.jsonl")["sweeps"]["annealed"]["rows"]
+    for name, rate in {"RM learning rate x 1/3": "3.3e-6: ", "SAVE": "1e-5: ", "RM learning rate x 3": "3e-5: ",
+                       "value head learning rate x 1/5": "2e-4: ", "value head learning rate x 10": "1e-2: "}.items():
+        gains = [statistics.mean(run["after"].values()) - statistics.mean(run["init"].values()) for run in rows[name]]
+        shown = f"{statistics.mean(gains):+.2f} ±{statistics.stdev(gains) / len(gains) ** 0.5:.2f}"
+        assert rate + shown in readme, (name, shown)
+        assert name != "SAVE" or f"the RM's change is {shown} points" in readme
+
 def test_the_committed_results_and_their_page_say_the_same():
     """Every table of tests/results/README.md is the one of results.jsonl, and the gains are worked out here again."""
     folder = tables.Path(__file__).resolve().parent / "results"
