@@ -183,7 +183,21 @@ def test_run_sh(folder, tmp_path):
     assert (tmp_path / "annealed-0-save-2/rm/value_head.safetensors").is_file()
     assert max(record.get("step", 0) for record in read(tmp_path / "annealed-0-save-2/metrics.jsonl")) == 3
     assert (done.stdout + done.stderr).count("\n") <= 80
-    wrong = run("tests")
+
+
+@pytest.mark.parametrize("words, command", [
+    ("test -m slow", "-m pytest -q -m slow"),
+    ("paper --algo rloo", "-m torch.distributed.run --standalone --nproc-per-node 4 save.py --out OUT --seed 3 "
+                          "--algo rloo"),
+    ("tables table1 --jobs 2", "tests/tables.py --out OUT table1 --jobs 2"),
+    ("figures", "tests/figures.py --out OUT"),
+])
+def test_what_run_sh_starts(words, command):
+    env = os.environ | {"PYTHON": "echo", "OUT": "OUT", "SEED": "3"}
+    run = ["bash", str(ROOT / "run.sh")]
+    done = subprocess.run([*run, *words.split()], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == command + "\n"
+    wrong = subprocess.run([*run, "tests"], env=env, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
 
 
