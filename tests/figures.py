@@ -1,6 +1,8 @@
-"""The figures of the README from the results of tables.py.  Needs matplotlib, which requirements.txt leaves out.
+"""The figures of tests/results/README.md from results.jsonl.
 
-    python tests/figures.py --results runs/tables/results.json --out runs/tables
+Needs matplotlib, which requirements.txt leaves out.
+
+    python tests/figures.py --results runs/tables/results.jsonl --out runs/tables
 
 accuracy.png     the reward model's accuracy over training steps, beside that of the initial RM, one panel a world
 diagnostics.png  what explains it: reward spread, value bias, kept and valid fractions, purity of Y+ and Y- against gold
@@ -27,6 +29,19 @@ PANELS = {"reward_spread": "reward spread within a group (SD)", "value_bias": "V
           "positive_purity": "share of Y+ that is right (gold 1)",
           "negative_purity": "share of Y- that is wrong (gold 0)"}
 DIAGNOSED = ("SAVE", "Mean Reward", "SAVE w/o policy optimisation", "balanced loss")
+
+
+def read_results(file):
+    """results.jsonl of tables.py, a line a run -> {table: {world: {"seeds", "flags", "rows": {method: [run]}}}}."""
+    tables = {}
+    for line in Path(file).read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        world = tables.setdefault(run.pop("table"), {}).setdefault(
+            run.pop("world"), {"seeds": [], "flags": run["flags"], "rows": {}})
+        seed = run.pop("seed")
+        world["seeds"] += [seed] if seed not in world["seeds"] else []
+        world["rows"].setdefault(run.pop("row"), []).append(run)
+    return tables
 
 
 def band(axes, name, x, runs, label=True):
@@ -76,20 +91,21 @@ def diagnostics_figure(plt, result, world):
 
 
 def main(argv=None):
-    """Read results.json, write the figures."""
+    """Read results.jsonl, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", default="runs/tables/results.json")
+    parser.add_argument("--results", help="results.jsonl of tables.py; by default the one under --out")
     parser.add_argument("--out", default="runs/tables")
     args = parser.parse_args(argv)
+    results = Path(args.results or Path(args.out, "results.jsonl"))
     try:
         import matplotlib
     except ImportError:
         sys.exit("figures: matplotlib is not installed: pip install matplotlib")
-    if not Path(args.results).is_file():
-        sys.exit(f"figures: --results {args.results}: no such file, expected results.json of run.sh table1")
+    if not results.is_file():
+        sys.exit(f"figures: --results {results}: no such file, expected results.jsonl of run.sh tables table1")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    worlds = json.loads(Path(args.results).read_text())["table1"]
+    worlds = read_results(results)["table1"]
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     accuracy_figure(plt, worlds).savefig(out / "accuracy.png", dpi=110)

@@ -7,10 +7,10 @@
     python tests/tables.py table1 --out runs/tables --worlds noisy --seeds 10 11 --jobs 2
 
 Each world and seed is built once; its value head is fitted once and shared by all rows; a row that is in several tables
-is run once. results.json holds every number of all tables so far, results.md each table's mean and standard error over
-seeds, the paired difference to the initial RM and the seeds that improved, and the paired difference of the policy's
-gold reward to GRPO with the frozen RM. Seeds 0 to 2, and the reward model of seed 10, were looked at when the
-world was made; none for what SAVE does on it.
+is run once. results.jsonl holds every number of all tables so far, a line a run, results.md each table's mean and
+standard error over seeds, the paired difference to the initial RM and the seeds that improved, and the paired
+difference of the policy's gold reward to GRPO with the frozen RM. Seeds 0 to 2, and the reward model of seed 10, were
+looked at when the world was made; none for what SAVE does on it.
 """
 import argparse
 import concurrent.futures
@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import toy
 import transformers
+from figures import read_results
 from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent / "rivals")]
@@ -263,19 +264,28 @@ def main():
 
 
 def write(out, name, worlds):
-    """Put one table's worlds into results.json beside what is there, and all of it into results.md."""
-    file = out / "results.json"
-    tables = json.loads(file.read_text()) if file.is_file() else {}
+    """Put one table's worlds into results.jsonl beside what is there, and all of it into results.md."""
+    file = out / "results.jsonl"
+    tables = read_results(file) if file.is_file() else {}
     tables.setdefault(name, {}).update(worlds)
-    save.write_json(out / ".results.json", tables)
-    os.replace(out / ".results.json", file)
+    lines = [json.dumps({"table": table, "world": world, "row": row, "seed": seed, **run, "flags": result["flags"]})
+             for table, worlds in tables.items() for world, result in worlds.items()
+             for row, runs in result["rows"].items() for seed, run in zip(result["seeds"], runs, strict=True)]
+    (out / ".results.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    os.replace(out / ".results.jsonl", file)
+    text = "\n".join(shown(tables))
+    (out / "results.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def shown(tables):
+    """Markdown lines of all tables."""
     lines = []
     for name in sorted(tables, key=list(ROWS).index):
         lines += [f"## {name}", "", *overview(tables[name]), ""]
         for world, result in tables[name].items():
             lines += [*table(result["rows"], world), ""]
-    (out / "results.md").write_text("\n".join(lines))
-    print("\n".join(lines))
+    return lines
 
 
 if __name__ == "__main__":

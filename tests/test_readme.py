@@ -1,4 +1,5 @@
 """Every command and every snippet of README.md runs, on untrained tiny models and for a step or two."""
+import inspect
 import json
 import os
 import pathlib
@@ -19,10 +20,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.S)
 COMMANDS = [line.split("  #")[0].strip() for kind, text in BLOCKS if kind == "bash"
-            for line in text.replace("\\\n", " ").strip().split("\n")]
+            for line in text.replace("\\\n", " ").strip().split("\n") if not line.startswith("#")]
 SNIPPETS = [text for kind, text in BLOCKS if kind == "python"]
-SMALL = ("--steps 2 --batch 2 --group 4 --value_prompts 2 --value_k 2 --max_new_tokens 4 --max_prompt_tokens 32 "
-         "--save_every 0 --device cpu --dtype float32").split()
+SMALL = ("--steps 2 --batch 4 --group 8 --m0 0 --value_prompts 4 --value_k 2 --max_new_tokens 16 "
+         "--max_prompt_tokens 32 --save_every 0 --device cpu --dtype float32").split()
+WORLD = "--policy policy --rm rm --prompts prompts.jsonl".split()
 
 
 @pytest.fixture(scope="module")
@@ -38,112 +40,203 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_the_readme_has_what_these_tests_look_for():
-    assert len(COMMANDS) >= 7 and len(SNIPPETS) == 2
+def read(file):
+    """The rows of a .jsonl file."""
+    return [json.loads(line) for line in pathlib.Path(file).read_text().splitlines()]
+
+
+def test_the_readme_is_what_these_tests_look_for():
+    assert len(README.splitlines()) <= 220 and len(README.encode()) < 16_000
+    assert len(COMMANDS) == 11 and len(SNIPPETS) == 3
     assert all(command.split()[0] in ("bash", "python", "torchrun") for command in COMMANDS), COMMANDS
+
+
+def test_names_in_the_readme_exist():
+    """Flags, functions of the drawing and of the tables: none is left over from before."""
+    flags = {"--" + name for name in save.Config.__dataclass_fields__}
+    known = flags | {"--nproc-per-node", "--max-restarts"} | set(re.findall(r"--\w+", " ".join(
+        command for command in COMMANDS if "eval.py" in command))) | {"--max_length"}
+    assert set(re.findall(r"--[a-z][\w-]+", README)) <= known
+    for name in re.findall(r"`([a-zA-Z_]+)`", README.split("## From the paper")[1].split("## When something")[0]):
+        assert hasattr(save, name) or name in ("usable",), name
+    for text in re.findall(r"`health: (?:\.\.\. )?([^`]+)`", README):
+        assert text in inspect.getsource(save.health), text
+    drawn = re.findall(r'(?:"|, | the )([a-z]+_[a-z_]+)', README.split("```mermaid")[1].split("```")[0])
+    assert len(drawn) >= 5 and all(hasattr(save, name) for name in drawn), drawn
+
+
+def test_the_forks_in_the_readme_exist():
+    files = re.findall(r"`(?:tests/forks/)?(\w+\.py)`", README.split("## From the paper")[1].split("## Where")[0])
+    assert len(files) == 8 and [name for name in files if not (ROOT / "tests/forks" / name).is_file()] == []
 
 
 def test_commands_of_save(folder, monkeypatch):
     """In the README's order, so that later ones find what earlier ones wrote; torchrun's as one process."""
     monkeypatch.chdir(folder)
-    for command in COMMANDS:
-        words = shlex.split(command)
-        if "save.py" not in words:
-            continue
-        at = words.index("save.py")
+    logged = set()
+    for words in (shlex.split(command) for command in COMMANDS if " save.py " in command):
+        flags = words[words.index("save.py") + 1:]
         if words[0] == "torchrun":
-            assert get_args_parser().parse_args(words[1:]).nproc_per_node in ("4", "8")
-        flags = words[at + 1:]
+            assert get_args_parser().parse_args(words[1:]).nproc_per_node == "4"
         named = "--policy" in flags or "preference" in flags  # otherwise the hub defaults, which need the network
-        files = [] if named else ["--policy", "policy", "--rm", "rm", "--prompts", "prompts.jsonl"]
-        save.main(flags + files + SMALL)
+        save.main(flags + ([] if named else WORLD) + SMALL)
         out = pathlib.Path(flags[flags.index("--out") + 1])
-        assert (out / "metrics.jsonl").is_file() and (out / "rm" / "config.json").is_file(), command
+        assert (out / "rm" / "config.json").is_file(), words
+        logged |= {column for record in read(out / "metrics.jsonl")[1:] for column in record}
+    table = README.split("| column |")[1].split("\n\n")[0]
+    explained = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    phases = {"rollout", "score", "rm_update", "log_probs", "policy_update"}
+    logged = {re.sub(f"^({'|'.join(phases)})_", "PHASE_", re.sub("^accuracy_.*", "accuracy_NAME", name))
+              for name in logged}
+    assert explained - {"PHASE_gb"} == logged
 
 
-def test_commands_of_the_benchmark(folder, monkeypatch):
-    """Tiny shapes instead of the paper's, on the CPU."""
-    monkeypatch.chdir(folder)
-    commands = [shlex.split(command) for command in COMMANDS if "tests/bench.py" in command]
-    assert [words[2] for words in commands] == ["models", "phases"]
-    models, phases = ([sys.executable, str(ROOT / words[1]), *words[2:]] for words in commands)
-    models = ["tiny" if word == "full" else word for word in models]
-    subprocess.run([*models, "--prompt_tokens", "8", "--mean_tokens", "4"], check=True, capture_output=True)
-    small = "--repeats 1 --device cpu --batch 8 --group 4 --max_new_tokens 8 --max_prompt_tokens 16".split()
-    done = subprocess.run([*phases, *small], check=True, capture_output=True, text=True)
-    for phase in ("8 rows of 8 + ", "rollout", "score", "rm_update", "log_probs", "policy_update"):
-        assert phase in done.stdout, done.stdout
-
-
-def test_commands_of_eval(folder, monkeypatch, tmp_path):
-    """The same for eval.py: on two reward models that are there, on small benchmarks, with a judge of our own."""
+@pytest.mark.slow
+def test_commands_of_eval(folder, monkeypatch):
+    """The same for eval.py: on two reward models that are there, on small benchmarks."""
     import test_eval
-    import test_policies
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(test_policies.evaluation.Judge, "pause", 0.01)
-    shutil.copytree("rm", "runs/save/rm", dirs_exist_ok=True)
+    for name in ("save", "paper"):
+        shutil.copytree("rm", f"runs/{name}/rm", dirs_exist_ok=True)
     test_eval.write_benchmarks(folder / "data")
     pathlib.Path("data/alpaca_eval.json").write_text('[{"instruction": "copy a", "dataset": "x"}]')
-    test_policies.write_arena(folder / "arena-hard-auto")
-    judge = test_policies.JudgeServer()
-    ran = 0
-    for command in COMMANDS:
-        words = shlex.split(command)
-        if "eval.py" not in words:
-            continue
-        flags = ["runs/save/rm" if word == "runs/paper/rm" else "path/to/model" if word.startswith("Skywork/") else word
-                 for word in words[words.index("eval.py") + 1:]]
+    question = {"uid": "1", "category": "hard_prompt", "subcategory": "x", "prompt": "copy a"}
+    pathlib.Path("data/question.jsonl").write_text(json.dumps(question) + "\n")
+    for words in (shlex.split(command) for command in COMMANDS if " eval.py " in command):
+        flags = words[words.index("eval.py") + 1:]
         out = pathlib.Path(flags[flags.index("--out") + 1])
         shutil.rmtree(out, ignore_errors=True)
-        small = ["--max_new_tokens", "4", "--judge_url", judge.url] if "--policy" in flags else ["--draws", "20"]
-        data = ["--data", "data"] if "--data" not in flags and "all" in flags else []
+        small = ["--max_new_tokens", "4"] if "--policy" in flags else ["--draws", "20"]
+        data = ["--data", "data"] if "--data" not in flags else []
         test_eval.evaluation.main([*flags, *small, *data, "--device", "cpu"])
-        assert json.loads((out / "results.json").read_text()), command
-        ran += 1
-    assert ran == 5
+        assert any(out.iterdir()), words
 
 
-def test_the_saved_reward_model_snippet(folder, monkeypatch, capsys):
+@pytest.fixture
+def fork(folder, monkeypatch):
+    """fork(snippet, flags...) -> metrics.jsonl and samples.jsonl of the snippet, run as its file would run."""
     monkeypatch.chdir(folder)
-    if not pathlib.Path("runs/save/rm").is_dir():
-        pytest.skip("needs test_commands_of_save, which writes runs/save/rm")
-    capsys.readouterr()
-    exec(SNIPPETS[1], {})  # the README's own text
-    printed = float(capsys.readouterr().out)
-    rm = save.RewardModel.from_pretrained("runs/save/rm")
-    rows = save.encode_responses(rm.tokenizer, [{"role": "user", "content": "reverse a b c"}], ["c b a"])
-    assert printed == pytest.approx(save.score(rm, rows, 100)[0].item(), abs=1e-5)
+    for name in ("RM_UPDATES", "ALGORITHMS"):
+        monkeypatch.setattr(save, name, dict(getattr(save, name)))
+    monkeypatch.setattr(save, "label", save.label)
+
+    def run(snippet, *flags):
+        out = pathlib.Path("runs/fork")
+        shutil.rmtree(out, ignore_errors=True)
+        monkeypatch.setattr(sys, "argv", ["fork.py", "--out", str(out), *WORLD, *SMALL, *flags])
+        exec(compile(snippet, "fork.py", "exec"), {"__name__": "__main__"})
+        return read(out / "metrics.jsonl"), read(out / "samples.jsonl")
+    return run
 
 
-def test_the_loss_of_your_own_snippet(monkeypatch):
-    monkeypatch.setattr(save, "RM_LOSSES", dict(save.RM_LOSSES))
-    exec(SNIPPETS[0], vars(save))
-    rewards = torch.tensor([[2.0, -1.0, 0.5]], requires_grad=True)
-    positive, negative = torch.tensor([[True, False, False]]), torch.tensor([[False, True, False]])
-    loss = save.RM_LOSSES["mine"](rewards, torch.zeros(1), positive, negative, positive | negative)
-    loss.backward()
-    expected = (torch.log1p(torch.exp(torch.tensor(-2.0))) + torch.log1p(torch.exp(torch.tensor(-1.0)))) / 2
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert rewards.grad[0, 0] < 0 < rewards.grad[0, 1] and rewards.grad[0, 2] == 0
-    del save.my_loss
+def test_a_loss_of_your_own_is_what_trains(fork):
+    """Its value in step 1 is worked out again from what samples.jsonl says of that step."""
+    metrics, samples = fork(SNIPPETS[0], "--rm_update", "mine")
+    margins = [(row["reward"] - row["value"]) * (1 if row["side"] == "+" else -1)
+               for row in samples if row["step"] == 1 and row["kept"]]
+    expected = torch.nn.functional.softplus(-torch.tensor(margins, dtype=torch.float64)).mean().item()
+    first = next(record for record in metrics if record.get("step") == 1)
+    assert first["rm_loss"] == pytest.approx(expected, rel=1e-4) and first["reward_shift"] > 0
+
+
+def test_an_advantage_of_your_own_is_what_trains(fork):
+    metrics, _ = fork(SNIPPETS[1], "--algo", "mine")
+    rewards, keep = torch.tensor([[4.0, 1.0, 9.0], [1.0, 2.0, 3.0]]), torch.tensor([[1, 1, 0], [0, 1, 0]]).bool()
+    assert save.ALGORITHMS["mine"].advantages(rewards, keep).tolist() == [[1.5, -1.5, 0], [0, 0, 0]]
+    plain, _ = fork("import save\nsave.main()", "--algo", "grpo")
+    mine, grpo = (next(record for record in run if record.get("step") == 1) for run in (metrics, plain))
+    assert mine["reward"] == grpo["reward"]  # the same responses
+    assert mine["policy_grad_norm"] > 0 and mine["policy_grad_norm"] != pytest.approx(grpo["policy_grad_norm"], 0.01)
+
+
+def test_labels_of_your_own_are_what_sides_are_made_of(fork):
+    metrics, samples = fork(SNIPPETS[2])
+    assert {row["side"] for row in samples} <= {"+", "-", ""} and {"+", "-"} <= {row["side"] for row in samples}
+    for row in samples:  # a truncated response is on neither side
+        assert row["side"] == ("" if row["truncated"] else "+" if len(row["response"].split()) > 5 else "-")
+    assert any(record.get("reward_shift", 0) > 0 for record in metrics)
 
 
 def test_run_sh(folder, tmp_path):
-    """`bash run.sh` on a world that is there already, `bash run.sh test`, and its one line for a wrong word."""
+    """`bash run.sh` on a world that is there already, beside an earlier result, which stays as it is."""
     assert {"bash run.sh", "bash run.sh test"} <= set(COMMANDS)
     shutil.copytree(folder, tmp_path / "annealed-0", ignore=shutil.ignore_patterns("path", "runs"))
     (tmp_path / "annealed-0" / "world.json").write_text("{}")
-    env = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path)}
+    old = tmp_path / "annealed-0-save"
+    old.mkdir()
+    (old / "mine.txt").write_text("kept")
+    python = tmp_path / "python"  # the flags of the tiny world instead of the laptop world's
+    python.write_text(f'#!/bin/sh\n[ "$*" = "tests/toy.py --flags" ] && echo {" ".join(SMALL)} || '
+                      f'exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    env = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path)}
 
     def run(*words):
         return subprocess.run(["bash", str(ROOT / "run.sh"), *words], env=env, capture_output=True, text=True)
 
-    done = run(*SMALL[:-4])
+    done = run("--steps", "3")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"RM accuracy, heldout_id +\d", done.stdout) and re.search(r"gold reward, greedy +\d", done.stdout)
-    assert (tmp_path / "annealed-0-save" / "rm" / "value_head.safetensors").is_file()
-    assert "minus the first, paired" in done.stdout and (tmp_path / "annealed-0-save/eval/results.json").is_file()
-    collected = run("test", "--collect-only", "-q", "tests/test_maths.py")
-    assert collected.returncode == 0 and "test_maths" in collected.stdout
-    wrong = run("tests")
+    assert re.search(r"^RM accuracy, mean +\d+\.\d\d +\d+\.\d\d", done.stdout, re.M)
+    assert re.search(r"gold reward, greedy +\d", done.stdout) and "The reward model " in done.stdout
+    assert f"{old} is an earlier result and stays: this one goes to {old}-2" in done.stdout
+    assert [path.name for path in old.iterdir()] == ["mine.txt"]
+    assert (tmp_path / "annealed-0-save-2/rm/value_head.safetensors").is_file()
+    assert max(record.get("step", 0) for record in read(tmp_path / "annealed-0-save-2/metrics.jsonl")) == 3
+    assert (done.stdout + done.stderr).count("\n") <= 80
+
+
+@pytest.mark.parametrize("words, command", [
+    ("test -m slow", "-m pytest -q -m slow"),
+    ("paper --algo rloo", "-m torch.distributed.run --standalone --nproc-per-node 4 save.py --out OUT --seed 3 "
+                          "--algo rloo"),
+    ("tables table1 --jobs 2", "tests/tables.py --out OUT table1 --jobs 2"),
+    ("figures", "tests/figures.py --out OUT"),
+])
+def test_what_run_sh_starts(words, command):
+    env = os.environ | {"PYTHON": "echo", "OUT": "OUT", "SEED": "3"}
+    run = ["bash", str(ROOT / "run.sh")]
+    done = subprocess.run([*run, *words.split()], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == command + "\n"
+    wrong = subprocess.run([*run, "tests"], env=env, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+
+
+def test_flags_of_the_laptop_run_are_flags_of_save(capsys):
+    toy.main(["--flags"])
+    cfg = save.parse_config(capsys.readouterr().out.split())
+    assert (cfg.steps, cfg.batch, cfg.group) == (80, 16, 8)
+
+
+def scores(before, after):
+    """scores.jsonl of two reward models: each letter a pair, + right and - wrong; sets are split at spaces."""
+    return [{"rm": rm, "bench": f"heldout_{name}.jsonl", "score_chosen": {"+": 1, "-": -1, "0": 0}[mark],
+             "score_rejected": 0} for rm, sets in (("a", before), ("b", after))
+            for name, marks in zip("xy", sets.split()) for mark in marks]
+
+
+@pytest.mark.parametrize("before, after, what", [
+    ("--------++ " + "-" * 100, "++++++++++ " + "-" * 50 + "+" * 50, "got better: +65.00"),
+    ("++++++++++ ++++", "---------- ++++", "got worse: -50.00"),
+    ("+-+-+-+-+- ++00", "-++-+-+-+- ++00", "did not clearly change: +0.00"),
+])
+def test_the_sentence_follows_the_interval_of_the_mean(tmp_path, capsys, before, after, what):
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores(before, after)))
+    changes = toy.print_accuracies(tmp_path / "scores.jsonl")
+    assert toy.verdict(changes).startswith("The reward model " + what)
+    means = [sum(100 * part.count("+") / len(part) for part in sets.split()) / 2 for sets in (before, after)]
+    line = re.search(r"^RM accuracy, mean +(\S+) +(\S+)", capsys.readouterr().out, re.M)
+    assert [float(x) for x in line.groups()] == pytest.approx(means, abs=0.005)
+
+
+def test_the_interval_is_that_of_the_normal_approximation():
+    """Two sets of 400 and 900 pairs: the variance of the mean of means is a quarter of the sum of theirs."""
+    changes = [torch.tensor([1.0, 0, 0, -1] * 100).double(), torch.tensor([1.0, 0, 0] * 300).double()]
+    error = (sum(x.var(correction=0) / len(x) for x in changes) / 4).sqrt().item()
+    middle = (0 + 1 / 3) / 2
+    low, high = toy.interval(changes, 4000)
+    assert low == pytest.approx(100 * (middle - 1.96 * error), abs=0.25)
+    assert high == pytest.approx(100 * (middle + 1.96 * error), abs=0.25)
+
+
+def test_trend_lines():
+    assert toy.trend([1.0, 2.0, 3.0, 8.0]) == "▁▂▃█  1.00 to 8.00" and toy.trend([5.0, 5.0]) == "▄▄  5.00 to 5.00"

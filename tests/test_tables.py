@@ -55,7 +55,7 @@ def run(monkeypatch, out, *words):
 def test_every_row_runs_once(tmp_path, monkeypatch, quick, table):
     monkeypatch.setattr(toy, "gold_reward", lambda policy, prompts: {"sampled": 0.5, "greedy": 0.25})
     run(monkeypatch, tmp_path, table, "--seeds", 10, 11, "--worlds", "noisy")
-    rows = json.loads((tmp_path / "results.json").read_text())[table]["noisy"]["rows"]
+    rows = figures.read_results(tmp_path / "results.jsonl")[table]["noisy"]["rows"]
     assert list(rows) == list(tables.ROWS[table]) and all(len(runs) == 2 for runs in rows.values())
     saved = [call for call in quick if call[1:3] == ["--stage", "save"]]
     assert len(saved) == 2 * sum(flags[:1] != ["ensemble"] for flags in tables.ROWS[table].values())
@@ -95,10 +95,11 @@ def test_rows_say_what_they_are(tmp_path, monkeypatch, quick):
 def test_figures_from_a_results_file(tmp_path):
     pytest.importorskip("matplotlib", reason="figures need matplotlib, which requirements.txt leaves out")
     curve = {"accuracy": {"0": 90.0, "20": 91.0}, **{name: [0.5, 0.6] for name in figures.PANELS}}
-    rows = {name: [{"curves": curve}] * 2 for name in figures.STYLES} | {"the ensemble itself": [{"curves": {}}] * 2}
-    results = {"table1": {world: {"seeds": [1, 2], "rows": rows} for world in toy.WORLDS}}
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    figures.main(["--results", str(tmp_path / "results.json"), "--out", str(tmp_path)])
+    curves = {**dict.fromkeys(figures.STYLES, curve), "the ensemble itself": {}}
+    runs = [{"table": "table1", "world": world, "row": row, "seed": seed, "flags": [], "curves": curves[row]}
+            for world in toy.WORLDS for row in curves for seed in (1, 2)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    figures.main(["--out", str(tmp_path)])
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("accuracy.png", "diagnostics.png"))
 
 def test_figures_without_matplotlib_or_results_are_one_line(tmp_path, monkeypatch):
@@ -107,35 +108,36 @@ def test_figures_without_matplotlib_or_results_are_one_line(tmp_path, monkeypatc
         with pytest.raises(SystemExit, match="^figures: matplotlib is not installed: pip install matplotlib$"):
             figures.main(["--out", str(tmp_path)])
     monkeypatch.setitem(sys.modules, "matplotlib", object())
-    with pytest.raises(SystemExit, match="no such file, expected results.json of run.sh table1"):
-        figures.main(["--results", str(tmp_path / "none.json"), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no such file, expected results.jsonl of run.sh tables table1"):
+        figures.main(["--results", str(tmp_path / "none.jsonl"), "--out", str(tmp_path)])
 
 def test_diagnostics_are_means_of_blocks():
     points = [(step, step) for step in range(1, 26)] + [(41, 7), (42, 9)]
     assert tables.blocks(points) == [5.5, 15.5, 23.0, None, 8.0] and tables.blocks([]) == []
 
-def test_the_committed_results_and_the_readme_say_the_same():
-    """Every mean ± error of the README's tables 1 and 2 and sweeps is that of results.json, worked out here again."""
+def test_learning_rates_of_the_readme():
+    """The gains in its table of learning rates, and that of SAVE in its text, are those of results.jsonl."""
     root = tables.Path(__file__).resolve().parents[1]
-    results = json.loads((root / "tests/results/results.json").read_text())
-    worlds, table2 = results["table1"], results["table2"]
-    readme = (root / "README.md").read_text()
-    names = {"continual offline": "continual offline", "HL-BT": "HL-BT", "Mean Reward": "Mean Reward",
-             "**SAVE**": "SAVE", "w/o curriculum": "SAVE w/o curriculum",
-             "w/o policy optimisation": "SAVE w/o policy optimisation",
-             "*not in the paper:* balanced loss": "balanced loss",
-             "balanced loss, labels of three RMs": "balanced, ensemble labels",
-             "the same, policy frozen": "the same, policy frozen",
-             "those three RMs' mean reward itself": "the ensemble itself"}
-    check = [(shown, name, worlds) for shown, name in names.items()]
-    check += [(name, name, table2) for name in tables.ROWS["table2"] if name.startswith("SAVE")]
-    check += [(name, name, results["sweeps"]) for name in tables.ROWS["sweeps"] if name not in tables.FROZEN]
-    for shown, name, worlds in check:
-        line = next(line for line in readme.splitlines() if line.startswith(f"| {shown} |"))
-        first = 2 if worlds is results["sweeps"] else 4  # the column of the first world
-        for cell, (world, result) in zip(line.split("|")[first:first + len(worlds)], worlds.items(), strict=True):
-            gains = [statistics.mean(run["after"].values()) - statistics.mean(frozen["init"].values())
-                     for run, frozen in zip(result["rows"][name], result["rows"]["GRPO, frozen RM"], strict=True)]
-            error = statistics.stdev(gains) / len(gains) ** 0.5
-            want = f"{statistics.mean(gains):+.2f} ±{error:.2f} ({sum(gain > 0 for gain in gains)}"
-            assert result["seeds"] == tables.SEEDS and cell.strip("* ").startswith(want), (name, world, want)
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    rows = figures.read_results(root / "tests/results/results.jsonl")["sweeps"]["annealed"]["rows"]
+    for name, rate in {"RM learning rate x 1/3": "3.3e-6: ", "SAVE": "1e-5: ", "RM learning rate x 3": "3e-5: ",
+                       "value head learning rate x 1/5": "2e-4: ", "value head learning rate x 10": "1e-2: "}.items():
+        gains = [statistics.mean(run["after"].values()) - statistics.mean(run["init"].values()) for run in rows[name]]
+        shown = f"{statistics.mean(gains):+.2f} ±{statistics.stdev(gains) / len(gains) ** 0.5:.2f}"
+        assert rate + shown in readme, (name, shown)
+        assert name != "SAVE" or f"the RM's change is {shown} points" in readme
+
+def test_the_committed_results_and_their_page_say_the_same():
+    """Every table of tests/results/README.md is the one of results.jsonl, and the gains are worked out here again."""
+    folder = tables.Path(__file__).resolve().parent / "results"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    for worlds in figures.read_results(folder / "results.jsonl").values():
+        for world, result in worlds.items():
+            assert "\n".join(tables.table(result["rows"], world)) in page, world
+            assert result["seeds"] == tables.SEEDS
+            for name, runs in result["rows"].items():
+                gains = [statistics.mean(run["after"].values()) - statistics.mean(frozen["init"].values())
+                         for run, frozen in zip(runs, result["rows"]["GRPO, frozen RM"], strict=True)]
+                error = statistics.stdev(gains) / len(gains) ** 0.5
+                want = f"| {statistics.mean(gains):.2f} ±{error:.2f} | {sum(gain > 0 for gain in gains)} of 6 |"
+                assert any(line.startswith(f"| {name} |") and want in line for line in page.splitlines()), (name, want)

@@ -26,6 +26,7 @@ fine-tuning matters most: after 5e-3 instead of 3e-3 the policy is as good, but 
 90 on id pairs, and every policy trained on such a one forgets the task. Nothing was chosen by looking at SAVE.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -393,19 +394,79 @@ def tiny_world(path, seed=0):
 
 
 def report(data, run):
-    """Before and after a run of save.py: the RM's accuracy on each held-out set, the policy's gold reward."""
-    records = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-    first, last = ([r for r in records if any(key.startswith("accuracy_") for key in r)][i] for i in (0, -1))
-    rows = [(f"RM accuracy, {key.removeprefix('accuracy_')}", first[key], last[key])
-            for key in first if key.startswith("accuracy_")]
-    rows.append(("RM accuracy, mean", *(statistics.mean(row[i] for row in rows) for i in (1, 2))))
+    """Before and after a run of save.py, and what changed. RUN/eval is eval.py's of the two reward models."""
+    changes = print_accuracies(Path(run, "eval", "scores.jsonl"))
     prompts = read_prompts(Path(data, "prompts_test.jsonl"))
-    golds = [gold_reward(Path(folder, "policy"), prompts) for folder in (data, run)]
-    rows += [(f"policy's gold reward, {name}", *(100 * g[name] for g in golds)) for name in golds[0]]
-    print(f"\n{'%':<32}{'before':>10}{'after':>10}")
-    for name, before, after in rows:
-        print(f"{name:<32}{before:>10.2f}{after:>10.2f}")
-    print(f"\nreward model {run}/rm, policy {run}/policy, logs {run}/metrics.jsonl and samples.jsonl")
+    before, after = (gold_reward(Path(folder, "policy"), prompts) for folder in (data, run))
+    for name in before:
+        print(f"{f'policy gold reward, {name}':<32}{100 * before[name]:>8.2f}{100 * after[name]:>8.2f}")
+    records = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    accuracy = {row["step"]: statistics.mean(x for key, x in row.items() if key.startswith("accuracy_"))
+                for row in records if any(key.startswith("accuracy_") for key in row)}
+    bias = [row["value_bias"] for row in records if "value_bias" in row]
+    every = math.ceil(len(bias) / 10) or 1
+    print(f"\nRM accuracy at steps {', '.join(map(str, accuracy))}:  {trend(list(accuracy.values()))}")
+    if bias:
+        means = [statistics.mean(bias[i:i + every]) for i in range(0, len(bias), every)]
+        print(f"V minus group mean, {every} steps a block:  {trend(means)}")
+    print(f"\n{verdict(changes)}")
+    print(f"In {run}: rm/, policy/, metrics.jsonl, samples.jsonl, eval/ and its table eval.txt")
+
+
+def print_accuracies(file):
+    """Each set's accuracy from scores.jsonl, both reward models, and the paired intervals. -> changes as `interval`."""
+    right = {}  # held-out set -> reward model -> whether it has each pair right
+    for row in map(json.loads, file.read_text().splitlines()):
+        name = Path(row["bench"]).stem.removeprefix("heldout_")
+        right.setdefault(name, {}).setdefault(row["rm"], []).append(row["score_chosen"] > row["score_rejected"])
+    sets = {name: [torch.tensor(outcomes).double() for outcomes in models.values()] for name, models in right.items()}
+    changes = {name: after - before for name, (before, after) in sets.items()}
+    means = [statistics.mean(100 * pair[i].mean().item() for pair in sets.values()) for i in (0, 1)]
+    rows = [(name, *(100 * x.mean().item() for x in pair), [changes[name]]) for name, pair in sets.items()]
+    print(f"\n{'%':<32}{'before':>8}{'after':>8}{'change':>9}  95 % interval, paired")
+    for name, before, after, parts in [*rows, ("mean", *means, list(changes.values()))]:
+        low, high = interval(parts)
+        print(f"{f'RM accuracy, {name}':<32}{before:>8.2f}{after:>8.2f}{after - before:>+9.2f}"
+              f"  [{low:+.2f}, {high:+.2f}]")
+    return list(changes.values())
+
+
+def interval(changes, draws=2000):
+    """95 % bootstrap interval of the mean over sets of their mean change, in points.
+
+    changes: for each set the (n,) changes of its pairs, -1, 0 or 1. Pairs are drawn again within their set.
+    """
+    generator = torch.Generator().manual_seed(0)
+    means = torch.stack([change[torch.randint(len(change), (draws, len(change)), generator=generator)].mean(1)
+                         for change in changes]).mean(0)
+    return (100 * means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype))).tolist()
+
+
+def verdict(changes):
+    """One sentence: better or worse only where the interval of the mean leaves 0 out."""
+    low, high = interval(changes)
+    what = "got better" if low > 0 else "got worse" if high < 0 else "did not clearly change"
+    every, gain = torch.cat(changes), 100 * statistics.mean(change.mean().item() for change in changes)
+    return (f"The reward model {what}: {gain:+.2f} points, 95 % interval [{low:+.2f}, {high:+.2f}];\n"
+            f"of {len(every)} held-out pairs {int((every > 0).sum())} became right and {int((every < 0).sum())} wrong.")
+
+
+def trend(values):
+    """Numbers as block characters from their lowest to their highest, then the first and the last number."""
+    low, high = min(values), max(values)
+    marks = "".join("▁▂▃▄▅▆▇█"[round(7 * (x - low) / (high - low)) if high > low else 3] for x in values)
+    return f"{marks}  {values[0]:.2f} to {values[-1]:.2f}"
+
+
+def build_and_say(path, world, seed):
+    """Build a world; what the training says goes to build.log, two lines to the console."""
+    path.mkdir(parents=True, exist_ok=True)
+    print(f"building the laptop world {world}, seed {seed}, in {path} (its log: {path / 'build.log'})", flush=True)
+    with open(path / "build.log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        summary = build_world(path, world, seed)
+    accuracies = ", ".join(f"{name} {x:.1f}" for name, x in summary["rm_accuracy"].items())
+    print(f"built in {sum(summary['seconds'].values()):.0f} s: the RM is right on {accuracies} % of the held-out "
+          f"pairs, the policy on {100 * summary['policy_gold']['sampled']:.1f} % of its samples")
 
 
 def main(argv=None):
@@ -424,7 +485,11 @@ def main(argv=None):
     if args.flags:
         print(" ".join(LAPTOP_FLAGS))
     elif args.report:
-        report(*args.report)
+        data, run = map(Path, args.report)
+        for file in (data / "prompts_test.jsonl", run / "metrics.jsonl", run / "eval" / "scores.jsonl"):
+            if not file.is_file():
+                parser.error(f"--report {data} {run}: no {file}, expected a world and what run.sh makes of it")
+        report(data, run)
     elif args.extra_rm:
         out = Path(args.out)
         train_rm(out / f"rm_{args.extra_rm}", out / "policy", out / "pairs.jsonl", args.world,
@@ -434,7 +499,7 @@ def main(argv=None):
             result = gold_reward(policy, read_prompts(args.prompts), args.seed)
             print(f"{policy}: gold {result['sampled']:.4f} at T=1, {result['greedy']:.4f} greedy")
     elif args.out:
-        print(json.dumps(build_world(args.out, args.world, args.seed), indent=1))
+        build_and_say(Path(args.out), args.world, args.seed)
     else:
         parser.error("give --out DIR, or --gold DIR ... --prompts FILE, or --report DIR RUN")
 
