@@ -42,7 +42,7 @@ class EvalConfig:
     out: str = ""                    # folder for results.json, scores.jsonl and the cache; empty: print only
     limit: int = 0                   # only the first rows of each benchmark, for a quick look; 0: all
     # reward models
-    max_length: int = 0              # longest text in tokens, cut on the left; 0: the model's context, at most 16384
+    max_length: int = 0              # tokens of the longest text; 0: the model's context, at most 16384
     dtype: str = "float32"           # float32 | bfloat16
     device: str = "auto"             # auto | cpu | cuda
     micro_tokens: int = 0            # padded tokens per batch; 0: 16384 on a GPU, 2048 on a CPU
@@ -145,7 +145,7 @@ def rewardbench_summary(cells):
 def rewardbench_scores(rows):
     """RewardBench. Rows: subset, score_chosen, score_rejected -> Chat, Chat Hard, Safety, Reasoning, average.
 
-    A tie is wrong.
+    A tie is wrong. A section without rows is left out, so that --limit means something; officially it counts 0.
     """
     for unit, row in enumerate(rows):
         yield unit, row["subset"], row["score_chosen"] > row["score_rejected"]
@@ -329,6 +329,7 @@ class Benchmark:
     files: tuple = ()                # glob patterns below --data, the first that finds something is used
     size: int = 0                    # rows of the official set; 0: not known
     prompt: str = "prompt"           # column
+    side: str = "left"               # where its official script cuts a text that is too long
     prepare: callable = lambda row, where, label: row      # -> the row as it is scored, or none to leave it out
     compared: callable = None        # row -> pairs of scores, to count ties; None: all with all
 
@@ -392,8 +393,9 @@ BENCHMARKS = {
             "prompt": str, "chosen": str, "rejected": str,
             "subset": "|".join(itertools.chain(*REWARDBENCH_SECTIONS.values()))}),
     "rewardbench2": Benchmark(
-        rewardbench2_scores, {"scores": "responses"}, size=1865, hub={"": "allenai/reward-bench-2:test"},
-        files=("reward-bench-2/**/test*", "rewardbench2.*"), prepare=prepare_rewardbench2,
+        rewardbench2_scores, {"scores": "responses"}, size=1865, side="right",
+        hub={"": "allenai/reward-bench-2:test"}, files=("reward-bench-2/**/test*", "rewardbench2.*"),
+        prepare=prepare_rewardbench2,
         columns={"id": str, "prompt": str, "chosen": [str], "rejected": [str], "subset": str},
         compared=lambda row: itertools.product(row["scores"][:row["num_correct"]], row["scores"][row["num_correct"]:])),
     "rmbench": Benchmark(
@@ -442,11 +444,13 @@ def read_benchmark(cfg, name):
     return rows[:cfg.limit or None] or fail(f"--bench {name}: no rows")
 
 # ---- 5. scoring -----------------------------------------------------------------------------------------------------
-def encode(tokenizer, prompt, response, max_length):
-    """Token ids in the RM's own template, exactly one BOS; too long: cut on the left, BOS kept."""
+def encode(tokenizer, prompt, response, max_length, side="left"):
+    """Token ids in the RM's own template, exactly one BOS; too long: cut on that side, BOS kept."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     ids = save.encode_chat(tokenizer, messages + [{"role": "assistant", "content": response}])
     start = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    if side == "right":
+        return ids[:max_length]
     return ids if len(ids) <= max_length else start + ids[len(ids) - max_length + len(start):]
 
 def fingerprint(module, *also):
@@ -481,12 +485,12 @@ class Cache:
                 file.write(b"\n" + json.dumps(new).encode())
 
 @torch.no_grad()
-def score_texts(cfg, rm, cache, texts, name):
+def score_texts(cfg, rm, cache, texts, name, side="left"):
     """[(prompt, response)] -> scores and the number of texts that were cut. Each different text is scored once."""
     limit = min(cfg.max_length or 16384, getattr(rm.model.config, "max_position_embeddings", None) or sys.maxsize)
     encoded, keys, cut = {}, [], 0
     for prompt, response in tqdm(texts, desc=f"{name}: tokenize", leave=False, delay=2, disable=RANK > 0):
-        ids = encode(rm.tokenizer, prompt, response, limit)
+        ids = encode(rm.tokenizer, prompt, response, limit, side)
         cut += len(ids) == limit and len(encode(rm.tokenizer, prompt, response, sys.maxsize)) > limit
         keys.append(hashlib.sha256(np.array(ids, np.int32).tobytes()).hexdigest()[:32])
         encoded[keys[-1]] = ids
@@ -516,7 +520,7 @@ def evaluate(cfg, path, benchmarks, first):
     for name, rows in benchmarks.items():
         bench = BENCHMARKS.get(name, PAIRS)
         texts = [text for row in rows for text in bench.texts(row)]
-        scores, cut = score_texts(cfg, rm, cache, texts, Path(name).name)
+        scores, cut = score_texts(cfg, rm, cache, texts, Path(name).name, bench.side)
         scores, lengths = iter(scores), iter([len(response) for _, response in texts])
         scored, by_length = ([bench.attach(row, values) for row in rows] for values in (scores, lengths))
         result = bench.scores(scored)
@@ -560,7 +564,7 @@ def table(results):
             if name in BENCHMARKS and x["rows"] < BENCHMARKS[name].size:
                 notes.append(f"only {x['rows']} of {BENCHMARKS[name].size} rows, not comparable with published numbers")
             if "macro" in x:
-                notes.append(f"{x['macro']:.2f} as the mean of categories, like the paper's 69.2 and no other of its numbers")
+                notes.append(f"{x['macro']:.2f} as the mean of categories, which in the paper only 69.2 is")
             text += [f"{path} on {Path(name).name}: {'; '.join(notes)}"] * bool(notes)
     return text
 
@@ -659,7 +663,9 @@ def style_metadata(text):
         tokens = len(tiktoken.encoding_for_model("gpt-4o").encode(text, disallowed_special=()))
     except Exception:  # not installed, or its vocabulary cannot be fetched: only style control needs it
         return {}
-    plain = re.sub("```([^`]*)```", "", text)
+    plain = text
+    for inside in re.findall("```([^`]*)```", text):
+        plain = plain.replace(inside, "")  # wherever else it occurs too, and the fences stay, as in the official code
 
     def count(pattern):
         return len(re.findall(pattern, plain, re.M))

@@ -168,12 +168,22 @@ def test_long_texts_are_cut_on_the_left_and_keep_one_bos(world, tmp_path):
     cut = evaluation.encode(tokenizer, "copy a b c d", "a b c d", 8)
     bos = tokenizer.bos_token_id
     assert bos is not None and whole.count(bos) == 1 and cut == [bos] + whole[-7:]
-    assert evaluation.encode(tokenizer, "copy a b c d", "a b c d", len(whole)) == whole
+    for side in ("left", "right"):
+        assert evaluation.encode(tokenizer, "copy a b c d", "a b c d", len(whole), side) == whole
+    assert evaluation.encode(tokenizer, "copy a b c d", "a b c d", 8, "right") == whole[:8]
     toy.write_rows(tmp_path / "pairs.jsonl", [{"prompt": "copy a b c d", "chosen": "a b c d", "rejected": "a"}] * 2)
     limit = len(whole) - 1
     run("--rm", world / "rm", "--bench", tmp_path / "pairs.jsonl", "--out", tmp_path, "--max_length", limit)
     result = results(tmp_path)[str(world / "rm")][str(tmp_path / "pairs.jsonl")]
     assert result["truncated"] == 2 and result["texts"] == 4
+
+def test_rewardbench2_cuts_on_the_right_as_its_script_does(rms, data, tmp_path, monkeypatch):
+    seen = count_texts(monkeypatch)
+    run("--rm", rms[0], "--bench", "rewardbench2", "--data", data, "--max_length", 12, "--draws", 20)
+    tokenizer = AutoTokenizer.from_pretrained(rms[0])
+    want = {tuple((evaluation.encode(tokenizer, row["prompt"], text, 1000) + [0] * 12)[:12])
+            for row in json.loads((data / "rewardbench2.json").read_text()) for text in row["chosen"] + row["rejected"]}
+    assert set(map(tuple, seen)) == want  # one batch, padded with 0
 
 # ---- six benchmarks -------------------------------------------------------------------------------------------------
 
@@ -237,7 +247,7 @@ def test_the_table_says_what_a_reader_must_know(rms, data, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "minus the first" in text
     assert "the longer answer wins" in text and "only 8 of 350 rows" in text
-    assert "mean of categories, like the paper's 69.2 and no other of its numbers" in text
+    assert "mean of categories, which in the paper only 69.2 is" in text
 
 def test_part_of_rmbench_is_said_to_be_a_part(rms, data, tmp_path, capsys):
     shutil.copytree(data / "RM-Bench", tmp_path / "RM-Bench")

@@ -141,3 +141,18 @@ def test_arena_hard_gets_its_file_and_names_its_commands(world, data, capsys, mo
     assert f"cp '{out}/arena_hard/model_answer/mine.jsonl' data/arena-hard-v2.0/model_answer/" in said
     monkeypatch.setitem(sys.modules, "tiktoken", None)  # not installed
     assert all("metadata" not in row for row in arena_rows(run(world, data)))
+
+
+@pytest.mark.parametrize("text, counts", [  # h1, ordered, unordered, **, __: by hand from the official removal
+    ("# T\n```py\n# no\n- no\n```\n* x\n1. y\n**b** __c__ ## no", (1, 1, 1, 1, 1)),
+    ("a# T\n```a```\n", (1, 0, 0, 0, 0)),                 # the block's text goes everywhere: the line begins with #
+    ("# T\n```# T\n```\n# U\n", (1, 0, 0, 0, 0)),        # so does a header that the block repeats
+    ("# T\n- x\n```\n```", (1, 0, 0, 0, 0)),              # a block of a newline: one line is left
+    ("```x```# T\n", (0, 0, 0, 0, 0))])                    # the fences stay
+def test_markdown_is_counted_as_in_the_official_code(monkeypatch, text, counts):
+    encoding = types.SimpleNamespace(encode=lambda text, disallowed_special: text.split())
+    monkeypatch.setitem(sys.modules, "tiktoken", types.SimpleNamespace(encoding_for_model=lambda name: encoding))
+    got = evaluation.style_metadata(text)["metadata"]
+    assert list(got) == ["token_len", "header_count", "list_count", "bold_count"]
+    assert (got["header_count"]["h1"], *got["list_count"].values(), *got["bold_count"].values()) == counts
+    assert sum(got["header_count"].values()) == counts[0]
