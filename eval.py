@@ -28,7 +28,7 @@ import transformers
 from tqdm import tqdm
 
 import save
-from save import RANK, WORLD, Policy, RewardModel, UsageError, as_messages, fail, last_reply, say
+from save import RANK, Policy, RewardModel, UsageError, as_messages, fail, last_reply, say
 
 # ---- 1. configuration -----------------------------------------------------------------------------------------------
 
@@ -62,8 +62,9 @@ class EvalConfig:
         """Refuse what cannot work, naming the flag; replace "auto" and 0 by what will be used."""
         if bool(self.rm) == bool(self.policy):
             fail("expected either --rm or --policy")
-        if len(set(self.rm)) < len(self.rm):
-            fail("--rm: the same reward model is given twice")
+        for flag, given in (("rm", self.rm), ("bench", [Path(name).name for name in self.bench])):
+            if len(set(given)) < len(given):
+                fail(f"--{flag} {' '.join(given)}: expected different names")
         names = list(BENCHMARKS if self.rm else QUESTIONS)
         bench = list(dict.fromkeys(itertools.chain(*(names if name == "all" else [name] for name in self.bench))))
         wrong = [name for name in bench if name not in names and not (self.rm and re.search(DATA_FILE, name))]
@@ -145,7 +146,7 @@ def rewardbench_summary(cells):
 def rewardbench_scores(rows):
     """RewardBench. Rows: subset, score_chosen, score_rejected -> Chat, Chat Hard, Safety, Reasoning, average.
 
-    A tie is wrong. A section without rows is left out, so that --limit means something; officially it counts 0.
+    A tie is wrong. A section without rows is left out, for --limit; officially it counts 0.
     """
     for unit, row in enumerate(rows):
         yield unit, row["subset"], row["score_chosen"] > row["score_rejected"]
@@ -239,7 +240,7 @@ JUDGEBENCH_CATEGORIES = {"mmlu-pro": "knowledge", "livebench-reasoning": "reason
 def judgebench_summary(cells):
     """average: over rows, the official number. macro: mean of the categories, which Skywork publishes.
 
-    The paper's 69.2 of its initial RM is Skywork's macro, 237/350 = 67.7 over rows. What it measured itself is k/350.
+    The paper's 69.2 is Skywork's macro, 237/350 = 67.7 over rows. What it measured itself is k/350.
     """
     categories = with_average({name: cells[name] for name in JUDGEBENCH_CATEGORIES.values() if name in cells})
     return {**categories, "average": 100 * cells["all"], "macro": categories["average"]}
@@ -279,9 +280,9 @@ def arena_hard_scores(rows):
 
 # ---- 3. intervals ---------------------------------------------------------------------------------------------------
 def bootstrap(scores, rows, draws, seed):
-    """{key: (draws,)}: the scores of resampled units. The same rows and seed draw the same units: pairs of RMs too.
+    """{key: (draws,)}: the scores of resampled units, the same ones for two RMs on the same rows.
 
-    Units are resampled among those that count in the same cells, so the make-up of a benchmark stays as it is.
+    Units are resampled among those that count in the same cells: the make-up of a benchmark stays.
     """
     units = collections.defaultdict(lambda: collections.defaultdict(lambda: [0.0, 0]))
     for unit, cell, value in scores.outcomes(rows):
@@ -293,10 +294,10 @@ def bootstrap(scores, rows, draws, seed):
         strata[tuple(names)].append([cells[name] for name in names])
     rng, sums = np.random.default_rng(seed), collections.defaultdict(float)
     for cells, table in strata.items():
-        table = np.array(table, dtype=float)                                   # (units, cells, sum and count)
+        table = np.array(table, dtype=float)  # (units, cells, sum and count)
         counts = rng.multinomial(len(table), np.full(len(table), 1 / len(table)), size=draws)
         for cell, resampled in zip(cells, np.moveaxis(np.tensordot(counts, table, 1), 1, 0)):
-            sums[cell] = sums[cell] + resampled                                # (draws, sum and count)
+            sums[cell] = sums[cell] + resampled  # (draws, sum and count)
     return scores.summary({cell: x[:, 0] / x[:, 1] for cell, x in sums.items()})
 
 def interval(draws):
@@ -305,7 +306,7 @@ def interval(draws):
 
 # ---- 4. benchmarks --------------------------------------------------------------------------------------------------
 def expect(row, where, columns):
-    """The row if it has these columns: {name: type, [str] for a list of texts, or the pattern of a string}."""
+    """The row if it has these columns: {name: type, [str] for texts, or the pattern of a string}."""
     for name, kind in columns.items():
         value = row.get(name) if isinstance(row, dict) else None
         if isinstance(kind, str):
@@ -326,11 +327,11 @@ class Benchmark:
     responses: dict                  # {score column: column of the response or list of responses}
     columns: dict                    # what a row must have, see `expect`
     hub: dict = dataclasses.field(default_factory=dict)    # {label: "name:split"}
-    files: tuple = ()                # glob patterns below --data, the first that finds something is used
+    files: tuple = ()                # patterns below --data, the first that finds anything
     size: int = 0                    # rows of the official set; 0: not known
     prompt: str = "prompt"           # column
     side: str = "left"               # where its official script cuts a text that is too long
-    prepare: callable = lambda row, where, label: row      # -> the row as it is scored, or none to leave it out
+    prepare: callable = lambda row, where, label: row      # -> the row to score; None: leave it out
     compared: callable = None        # row -> pairs of scores, to count ties; None: all with all
 
     def texts(self, row):
@@ -381,7 +382,8 @@ def prepare_ppe_correctness(row, where, label):
         for k in (i, j):
             responses[k] = expect(row, where, {f"response_{k + 1}": str})[f"response_{k + 1}"]
     name = row.get("benchmark") or re.sub(r"^PPE-|-Best-of-K.*$", "", label, flags=re.S)
-    return {**row, "benchmark": name, "responses": responses} if row["sampled_conflict_pairs"] else None
+    row = expect({**row, "benchmark": name, "responses": responses}, where, {"benchmark": "|".join(PPE_SETS)})
+    return row if row["sampled_conflict_pairs"] else None
 
 PAIRS = Benchmark(preference_scores, {"score_chosen": "chosen", "score_rejected": "rejected"},
                   {"chosen": str | list, "rejected": str | list}, prepare=prepare_pair)
@@ -396,7 +398,8 @@ BENCHMARKS = {
         rewardbench2_scores, {"scores": "responses"}, size=1865, side="right",
         hub={"": "allenai/reward-bench-2:test"}, files=("reward-bench-2/**/test*", "rewardbench2.*"),
         prepare=prepare_rewardbench2,
-        columns={"id": str, "prompt": str, "chosen": [str], "rejected": [str], "subset": str},
+        columns={"id": str, "prompt": str, "chosen": [str], "rejected": [str],
+                 "subset": "(?i:Factuality|Precise IF|Math|Safety|Focus|Ties)"},
         compared=lambda row: itertools.product(row["scores"][:row["num_correct"]], row["scores"][row["num_correct"]:])),
     "rmbench": Benchmark(
         rmbench_scores, PAIRS.responses, size=1327, hub={"": "THU-KEG/RM-Bench:train"},
@@ -427,11 +430,17 @@ KEPT_COLUMNS = {  # of scores.jsonl: what the formulas read, and ids
 DATA_FILE = r"\.(jsonl?(\.gz)?|parquet)$"
 
 def local_files(cfg, name, patterns):
-    """{path relative to --data: path} of the first pattern that finds any."""
+    """{label: path} below --data by the first pattern that finds any. No set may be there twice."""
     for pattern in patterns:
-        found = sorted(path for path in Path(cfg.data).glob(pattern) if re.search(DATA_FILE, path.name))
+        found = {}
+        for path in sorted(path for path in Path(cfg.data).glob(pattern) if re.search(DATA_FILE, path.name)):
+            label = str(path.relative_to(cfg.data)) if name == "ppe_correctness" else path.name  # its sets are folders
+            label = re.sub(DATA_FILE, "", label)
+            if label in found:
+                fail(f"--data: expected one of {found[label]} and {path} for --bench {name}")
+            found[label] = str(path)
         if found:
-            return {str(path.relative_to(cfg.data)): str(path) for path in found}
+            return found
     fail(f"--data {cfg.data}: nothing for --bench {name}, expected {' or '.join(patterns)}")
 
 def read_benchmark(cfg, name):
@@ -440,8 +449,7 @@ def read_benchmark(cfg, name):
     sources = {name: name} if bench is PAIRS else local_files(cfg, name, bench.files) if cfg.data else bench.hub
     rows = [bench.prepare(expect(row, where, bench.columns), where, label)
             for label, source in sources.items() for where, row in save.read_rows(source, "bench")]
-    rows = [row for row in rows if row]
-    return rows[:cfg.limit or None] or fail(f"--bench {name}: no rows")
+    return [row for row in rows if row][:cfg.limit or None] or fail(f"--bench {name}: no rows")
 
 # ---- 5. scoring -----------------------------------------------------------------------------------------------------
 def encode(tokenizer, prompt, response, max_length, side="left"):
@@ -501,9 +509,8 @@ def score_texts(cfg, rm, cache, texts, name, side="left"):
     for rows in tqdm(batches, desc=name, disable=RANK > 0):
         rewards, _ = rm(*save.model_inputs([sequences[i] for i in rows], cfg.device))
         cache.append({own[i]: reward for i, reward in zip(rows, rewards.tolist())})
-    if WORLD > 1:  # every text was scored by one rank; the others add 0
-        owned = set(own)
-        cache.values.update(zip(todo, save.total(*(cache.values[key] if key in owned else 0 for key in todo))))
+    # every text was scored by one rank; the others add 0
+    cache.values.update(zip(todo, save.total(*(cache.values.get(key, 0) for key in todo))))
     scores = [cache.values[key] for key in keys]
     if not all(map(math.isfinite, scores)):  # seen by all ranks at once
         fail(f"--rm: a score on {name} is not finite" + ", try --dtype float32" * (cfg.dtype != "float32"))
@@ -657,7 +664,7 @@ def arena_hard(cfg, rows, answers):
         "  python gen_judgment.py\n  python show_result.py --judge-names gpt-4.1 --category hard_prompt")
 
 def style_metadata(text):
-    """What style control reads: tokens, and markdown outside code blocks. Nothing without tiktoken."""
+    """What style control reads: tokens, markdown outside code blocks. Nothing without tiktoken."""
     try:
         import tiktoken
         tokens = len(tiktoken.encoding_for_model("gpt-4o").encode(text, disallowed_special=()))
@@ -665,15 +672,13 @@ def style_metadata(text):
         return {}
     plain = text
     for inside in re.findall("```([^`]*)```", text):
-        plain = plain.replace(inside, "")  # wherever else it occurs too, and the fences stay, as in the official code
-
-    def count(pattern):
-        return len(re.findall(pattern, plain, re.M))
-
-    return {"metadata": {
-        "token_len": tokens, "header_count": {f"h{n}": count(rf"^#{{{n}}}\s") for n in range(1, 7)},
-        "list_count": {"ordered": count(r"^\s*\d+\.\s"), "unordered": count(r"^\s*[-*+]\s")},
-        "bold_count": {"**": count(r"\*\*[^*\n]+\*\*"), "__": count(r"__[^_\n]+__")}}}
+        plain = plain.replace(inside, "")  # the official way: everywhere, and the fences stay
+    patterns = {"header_count": {f"h{n}": rf"^#{{{n}}}\s" for n in range(1, 7)},
+                "list_count": {"ordered": r"^\s*\d+\.\s", "unordered": r"^\s*[-*+]\s"},
+                "bold_count": {"**": r"\*\*[^*\n]+\*\*", "__": r"__[^_\n]+__"}}
+    counts = {kind: {name: len(re.findall(pattern, plain, re.M)) for name, pattern in some.items()}
+              for kind, some in patterns.items()}
+    return {"metadata": {"token_len": tokens, **counts}}
 
 # ---- 8. main --------------------------------------------------------------------------------------------------------
 def main(argv=None):

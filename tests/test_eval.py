@@ -346,6 +346,15 @@ def rows_of_cache(file, torn=False):
 def flat(value):
     return [x for item in value for x in flat(item)] if isinstance(value, list) else [value]
 
+@pytest.mark.parametrize("other", ["judgebench/gpt.jsonl.gz", "copy/gpt.jsonl"])
+def test_no_row_counts_twice(rms, data, tmp_path, capsys, other):
+    shutil.copytree(data / "judgebench", tmp_path / "judgebench")
+    (tmp_path / other).parent.mkdir(exist_ok=True)
+    with (gzip.open if other.endswith(".gz") else open)(tmp_path / other, "wt") as file:
+        file.write((data / "judgebench/gpt.jsonl").read_text())
+    line = refusal(capsys, "--rm", rms[0], "--bench", "judgebench", "--data", tmp_path)
+    assert "expected one of" in line and other in line and "judgebench/gpt.jsonl" in line
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 GOOD = {"prompt": "copy a", "chosen": "a", "rejected": "b"}
@@ -371,6 +380,9 @@ def test_a_bad_row_names_file_and_row(world, tmp_path, capsys, row, said):
     ("rmbench", "RM-Bench/chat_filtered.json", {"chosen": ["a", "b", 3]}, "column chosen (list of str)"),
     ("ppe_correctness", "ppe_correctness.jsonl", {"sampled_conflict_pairs": [[0, 2]]}, "expected a right and a wrong"),
     ("ppe_correctness", "ppe_correctness.jsonl", {"sampled_conflict_pairs": [[0, 9]]}, "expected a right and a wrong"),
+    ("ppe_correctness", "ppe_correctness.jsonl", {"benchmark": None}, "column benchmark (MMLU-Pro|MATH|GPQA|"),
+    ("rewardbench2", "rewardbench2.jsonl", {"subset": "Poetry"}, "column subset ((?i:Factuality|Precise IF|"),
+    ("rewardbench", "rewardbench.jsonl", {"chosen": "a", "rejected": "b"}, "column subset (alpacaeval-easy|"),
 ])
 def test_a_bad_official_row_is_named(world, tmp_path, capsys, name, file, change, said):
     row = {"prompt": "copy a", "question": "copy a", "chosen": ["a"] * 3, "rejected": ["b"] * 3, "response_A": "a",
@@ -388,7 +400,8 @@ def test_a_bad_official_row_is_named(world, tmp_path, capsys, name, file, change
     (["--rm", "x", "--policy", "y", "--bench", "all"], "either --rm or --policy"),
     (["--rm", "x"], "--bench: expected one or more of rewardbench"),
     (["--rm", "x", "--bench", "mmlu"], "--bench mmlu: expected one or more of rewardbench"),
-    (["--rm", "x", "x", "--bench", "judgebench"], "given twice"),
+    (["--rm", "x", "x", "--bench", "judgebench"], "--rm x x: expected different names"),
+    (["--rm", "x", "--bench", "a/pairs.jsonl", "b/pairs.jsonl"], "--bench pairs.jsonl pairs.jsonl: expected different"),
     (["--rm", "x", "--bench", "arena_hard"], "--bench arena_hard: expected one or more of rewardbench"),
     (["--policy", "x", "--bench", "judgebench"], "--bench judgebench: expected one or more of alpaca_eval"),
     (["--policy", "x", "--bench", "alpaca_eval"], "--policy: expected --data"),
