@@ -376,10 +376,10 @@ def prepare_ppe_correctness(row, where, label):
     The set's name is the label or a column of its own.
     """
     responses = [None] * len(row["scores"])
-    for i, j in row["sampled_conflict_pairs"]:
-        if not (0 <= min(i, j) and max(i, j) < len(responses) and row["scores"][i] != row["scores"][j]):
-            fail(f"{where}: pair ({i}, {j}) of sampled_conflict_pairs: expected a right and a wrong response")
-        for k in (i, j):
+    for pair in row["sampled_conflict_pairs"]:
+        if {row["scores"][k] for k in pair if k in range(len(responses))} != {False, True}:
+            fail(f"{where}: pair {pair} of sampled_conflict_pairs: expected a right and a wrong response")
+        for k in pair:
             responses[k] = expect(row, where, {f"response_{k + 1}": str})[f"response_{k + 1}"]
     name = row.get("benchmark") or re.sub(r"^PPE-|-Best-of-K.*$", "", label, flags=re.S)
     row = expect({**row, "benchmark": name, "responses": responses}, where, {"benchmark": "|".join(PPE_SETS)})

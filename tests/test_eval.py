@@ -380,6 +380,8 @@ def test_a_bad_row_names_file_and_row(world, tmp_path, capsys, row, said):
     ("rmbench", "RM-Bench/chat_filtered.json", {"chosen": ["a", "b", 3]}, "column chosen (list of str)"),
     ("ppe_correctness", "ppe_correctness.jsonl", {"sampled_conflict_pairs": [[0, 2]]}, "expected a right and a wrong"),
     ("ppe_correctness", "ppe_correctness.jsonl", {"sampled_conflict_pairs": [[0, 9]]}, "expected a right and a wrong"),
+    ("ppe_correctness", "ppe_correctness.jsonl", {"sampled_conflict_pairs": [[0]]}, "expected a right and a wrong"),
+    ("ppe_correctness", "ppe_correctness.jsonl", {"sampled_conflict_pairs": [[-1, 1]]}, "expected a right and a wrong"),
     ("ppe_correctness", "ppe_correctness.jsonl", {"benchmark": None}, "column benchmark (MMLU-Pro|MATH|GPQA|"),
     ("rewardbench2", "rewardbench2.jsonl", {"subset": "Poetry"}, "column subset ((?i:Factuality|Precise IF|"),
     ("rewardbench", "rewardbench.jsonl", {"chosen": "a", "rejected": "b"}, "column subset (alpacaeval-easy|"),
