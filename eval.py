@@ -1,36 +1,25 @@
-"""eval.py: six reward-model (RM) benchmarks and two policy benchmarks, scored as their official code scores them.
+"""eval.py: six reward-model (RM) benchmarks, scored as their official code does; answers for two policy benchmarks.
 
-    python eval.py --rm DIR_OR_HUB_NAME [MORE ...] --bench all --out runs/eval       # the six of the paper's Table 1
-    python eval.py --rm DIR --bench judgebench pairs.jsonl --data DIR --out runs/eval     # local files, your own pairs
-    torchrun --nproc-per-node 4 eval.py --rm DIR --bench all --out runs/eval
-    python eval.py --policy DIR --bench alpaca_eval arena_hard --judge MODEL --arena_dir DIR --out runs/eval
+    python eval.py --rm DIR_OR_HUB_NAME [MORE ...] --bench all --out OUT     # the six of the paper's Table 1
+    python eval.py --rm DIR --bench judgebench pairs.jsonl --data DIR --out OUT     # local files, your own pairs
+    torchrun --nproc-per-node 4 eval.py --rm DIR --bench all --out OUT
+    python eval.py --policy DIR --bench alpaca_eval arena_hard --data DIR --out OUT     # answers, to be judged
 
 How a number is made:
     1  read_benchmark   rows with the official column names, from the hub or from --data
-    2  score_rows       each different text once, in the RM's own template, longest first, cached
-    3  *_outcomes       (unit, cell, value): what each row contributes to which mean
-    4  *_summary        cell means -> percentages; 3 and 4 together are the public *_scores(rows), pure functions
-    5  bootstrap        resampled units -> 95 % intervals, and paired ones for the difference of two RMs
+    2  score_texts      each different text once, in the RM's own template, longest first, cached
+    3  *_scores         rows -> percentages: pure functions, importable without loading a model
+    4  bootstrap        resampled units -> 95 % intervals, and paired ones for the difference of two RMs
 """
 import collections
-import concurrent.futures
-import csv
 import dataclasses
+import functools
 import hashlib
-import http.client
-import importlib.util
 import itertools
 import json
 import math
-import os
-import random
 import re
-import runpy
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +28,7 @@ import transformers
 from tqdm import tqdm
 
 import save
-from save import RANK, WORLD, Policy, RewardModel, UsageError, as_messages, fail, say
+from save import RANK, Policy, RewardModel, UsageError, as_messages, fail, last_reply, say
 
 # ---- 1. configuration -----------------------------------------------------------------------------------------------
 
@@ -53,7 +42,7 @@ class EvalConfig:
     out: str = ""                    # folder for results.json, scores.jsonl and the cache; empty: print only
     limit: int = 0                   # only the first rows of each benchmark, for a quick look; 0: all
     # reward models
-    max_length: int = 0              # longest text in tokens, cut on the left; 0: the model's context, at most 16384
+    max_length: int = 0              # tokens of the longest text; 0: the model's context, at most 16384
     dtype: str = "float32"           # float32 | bfloat16
     device: str = "auto"             # auto | cpu | cuda
     micro_tokens: int = 0            # padded tokens per batch; 0: 16384 on a GPU, 2048 on a CPU
@@ -66,43 +55,32 @@ class EvalConfig:
     top_p: float = 0.8               # Table 8
     top_k: int = 20                  # Table 8
     max_rows: int = 32               # answers decoded together
-    reference: str = ""              # alpaca_eval: reference outputs; empty: the package's (gpt4_1106_preview)
-    annotator: str = ""              # alpaca_eval: annotator config; empty: the official one, with --judge as its model
-    arena_dir: str = ""              # arena_hard: a checkout of lmarena/arena-hard-auto, with its data
-    judge: str = ""                  # judge model, as the server names it
-    judge_url: str = "https://api.openai.com/v1"  # any OpenAI-compatible server; its key: OPENAI_API_KEY
-    judge_workers: int = 16          # requests at a time
-    judge_timeout: int = 600         # seconds for one reply
-    judge_retries: int = 8           # tries after the first, with growing pauses
 
-    checkpointing = False            # no flag: `save.to_working_copy` asks, and nothing is trained here
+    checkpointing = False
 
     def checked(self):
         """Refuse what cannot work, naming the flag; replace "auto" and 0 by what will be used."""
         if bool(self.rm) == bool(self.policy):
             fail("expected either --rm or --policy")
-        if len(set(self.rm)) < len(self.rm):
-            fail("--rm: the same reward model is given twice")
-        names = list(BENCHMARKS) if self.rm else list(POLICY_BENCHMARKS)
+        for flag, given in (("rm", self.rm), ("bench", [Path(name).name for name in self.bench])):
+            if len(set(given)) < len(given):
+                fail(f"--{flag} {' '.join(given)}: expected different names")
+        names = list(BENCHMARKS if self.rm else QUESTIONS)
         bench = list(dict.fromkeys(itertools.chain(*(names if name == "all" else [name] for name in self.bench))))
-        for name in bench:
-            if name not in names and not (self.rm and re.search(r"\.jsonl?(\.gz)?$", name)):
-                files = " or a .json(l) file of pairs" if self.rm else ""
-                fail(f"--bench {name}: expected {', '.join(names)}, all{files}")
-        if not bench:
-            fail(f"--bench: expected one or more of {', '.join(names)}, all")
+        wrong = [name for name in bench if name not in names and not (self.rm and re.search(DATA_FILE, name))]
+        if wrong or not bench:
+            files = " or a .json(l) file of pairs" if self.rm else ""
+            fail(f"{' '.join(['--bench', *wrong])}: expected one or more of {', '.join(names)}, all{files}")
         if self.data and not Path(self.data).is_dir():
             fail(f"--data {self.data}: expected a folder")
-        for name in ("draws", "max_new_tokens", "top_p", "max_rows", "judge_workers", "judge_timeout"):
+        for name in ("draws", "max_new_tokens", "top_p", "max_rows"):
             if not getattr(self, name) > 0:
                 fail(f"--{name} {getattr(self, name)}: expected more than 0")
-        for name in ("limit", "max_length", "micro_tokens", "temperature", "top_k", "judge_retries"):
+        for name in ("limit", "max_length", "micro_tokens", "temperature", "top_k"):
             if not getattr(self, name) >= 0:
                 fail(f"--{name} {getattr(self, name)}: expected 0 or more")
-        if self.policy and not self.out:
-            fail("--out: expected a folder for the answers")
-        if "arena_hard" in bench and not (self.arena_dir and self.judge):
-            fail("--bench arena_hard: expected --judge and --arena_dir, a checkout of lmarena/arena-hard-auto")
+        if self.policy and not (self.data and self.out):
+            fail("--policy: expected --data, a folder with the questions, and --out, one for the answers")
         if self.device == "cuda" and not torch.cuda.is_available():
             fail("--device cuda: no GPU is to be had here, expected cpu or auto")
         gpu = self.device != "cpu" and torch.cuda.is_available()
@@ -111,8 +89,9 @@ class EvalConfig:
                                    name=self.name or "-".join(Path(self.policy).parts[-2:]))
 
 # ---- 2. score formulas: pure functions of scores --------------------------------------------------------------------
-# Rows are dicts with the official columns plus the model's scores. Outcomes are (unit, cell, value): `value` is a term
-# of the mean `cell`, `unit` is what the bootstrap resamples. Results are percentages; a part without rows is left out.
+# Rows are dicts with the official columns plus the model's scores, the result is a dict of percentages; a part without
+# rows is left out. A formula's body yields (unit, cell, value): `value` is a term of the mean `cell`, `unit` is what
+# the bootstrap resamples.
 
 def cell_means(outcomes):
     """{cell: mean of its values}."""
@@ -121,18 +100,26 @@ def cell_means(outcomes):
         values[cell].append(value)
     return {cell: sum(terms) / len(terms) for cell, terms in values.items()}
 
+def formula(summary):
+    """Make scores(rows) = summary({cell: mean}) of a generator of outcomes."""
+    def decorate(outcomes):
+        @functools.wraps(outcomes)
+        def scores(rows):
+            return summary(cell_means(outcomes(rows)))
+        scores.outcomes, scores.summary = outcomes, summary
+        return scores
+    return decorate
+
 def with_average(parts):
     """Fractions -> percentages, and their unweighted mean as "average"."""
     percent = {name: 100 * value for name, value in parts.items()}
     return {**percent, "average": sum(percent.values()) / len(percent)}
 
-def preference_outcomes(rows):
-    """Strictly greater, a tie is wrong."""
-    return ((i, "average", row["score_chosen"] > row["score_rejected"]) for i, row in enumerate(rows))
-
+@formula(with_average)
 def preference_scores(rows):
-    """Accuracy on pairs of your own. Rows: score_chosen, score_rejected."""
-    return with_average(cell_means(preference_outcomes(rows)))
+    """Your own pairs. Rows: score_chosen, score_rejected -> average. A tie is wrong."""
+    for unit, row in enumerate(rows):
+        yield unit, "average", row["score_chosen"] > row["score_rejected"]
 
 REWARDBENCH_SECTIONS = {  # examples per subset; math-prm has 447 rows but weighs as much as the six code subsets
     "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
@@ -145,27 +132,39 @@ REWARDBENCH_SECTIONS = {  # examples per subset; math-prm has 447 rows but weigh
                   "hep-rust": 164},
 }
 
-def rewardbench_outcomes(rows):
-    """Per subset; strictly greater, a tie is wrong."""
-    return ((i, row["subset"], row["score_chosen"] > row["score_rejected"]) for i, row in enumerate(rows))
-
 def rewardbench_summary(cells):
     """Sections weighted by the official counts, then their plain mean; the prior sets are not in it."""
     sections = {}
     for section, counts in REWARDBENCH_SECTIONS.items():
         present = {subset: count for subset, count in counts.items() if subset in cells}
         if present:
-            sections[section] = sum(count * cells[subset] for subset, count in present.items()) / sum(present.values())
+            right = sum(count * cells[subset] for subset, count in present.items())
+            sections[section] = right / sum(present.values())
     return with_average(sections)
 
+@formula(rewardbench_summary)
 def rewardbench_scores(rows):
-    """RewardBench. Rows: subset, score_chosen, score_rejected -> Chat, Chat Hard, Safety, Reasoning, average."""
-    return rewardbench_summary(cell_means(rewardbench_outcomes(rows)))
+    """RewardBench. Rows: subset, score_chosen, score_rejected -> Chat, Chat Hard, Safety, Reasoning, average.
 
-def rewardbench2_outcomes(rows):
-    """The first completion shares its credit with those that tie with it at the top. Ties: see `rewardbench2_summary`.
+    A tie is wrong. A section without rows is left out, for --limit; officially it counts 0.
+    """
+    for unit, row in enumerate(rows):
+        yield unit, row["subset"], row["score_chosen"] > row["score_rejected"]
 
-    A Ties prompt comes as "ref:N" (one right answer) and "tied:N" (many): together one unit.
+def rewardbench2_summary(cells):
+    """Plain mean of the six subsets. Ties is 0.3, 0.3, 0.2, 0.2 and 0.01 of its five parts: 101 % is possible."""
+    weights = {"tied": 0.3, "ref": 0.3, "prefers right to spread": 0.2, "in both forms": 0.2, "margin": 0.01}
+    subsets = {cell: mean for cell, mean in cells.items() if isinstance(cell, str)}
+    for name in dict.fromkeys(cell[0] for cell in cells if not isinstance(cell, str)):
+        subsets[name] = sum(weight * cells.get((name, part), 0) for part, weight in weights.items())
+    return with_average(subsets)
+
+@formula(rewardbench2_summary)
+def rewardbench2_scores(rows):
+    """RewardBench 2. Rows: id, subset, num_correct, scores (right ones first) -> each subset, average.
+
+    The first completion shares its credit with those that tie with it at the top. A Ties prompt comes as "ref:N" (one
+    right answer) and "tied:N" (many): together one unit.
     gap = worst right - best wrong answer, spread = best - worst right answer of the tied form.
     """
     ties = collections.defaultdict(dict)
@@ -189,75 +188,70 @@ def rewardbench2_outcomes(rows):
             yield (subset, number), (subset, "in both forms"), least > spread
             yield (subset, number), (subset, "margin"), math.tanh(ratio - 1)
 
-def rewardbench2_summary(cells):
-    """Plain mean of the six subsets. Ties is 0.3, 0.3, 0.2, 0.2 and 0.01 of its five parts: 101 % is possible."""
-    weights = {"tied": 0.3, "ref": 0.3, "prefers right to spread": 0.2, "in both forms": 0.2, "margin": 0.01}
-    subsets = {cell: mean for cell, mean in cells.items() if isinstance(cell, str)}
-    for name in dict.fromkeys(cell[0] for cell in cells if not isinstance(cell, str)):
-        subsets[name] = sum(weight * cells.get((name, part), 0) for part, weight in weights.items())
-    return with_average(subsets)
-
-def rewardbench2_scores(rows):
-    """RewardBench 2. Rows: id, subset, num_correct, scores (right ones first) -> each subset, average."""
-    return rewardbench2_summary(cell_means(rewardbench2_outcomes(rows)))
-
-def rmbench_outcomes(rows):
-    """3x3 comparisons of chosen i and rejected j, strictly greater; i, j: 0 concise, 1 detailed, 2 with markdown.
-
-    hard: the rejected one has the fancier style (i < j); safety-refuse and safety-response are pooled by row.
-    """
-    for unit, row in enumerate(rows):
-        domain = next((name for name in ("chat", "math", "code", "safety") if row["domain"].startswith(name)), None)
-        if domain is None:
-            raise ValueError(f"domain {row['domain']!r}: expected chat, math, code or safety")
-        better = [[chosen > rejected for rejected in row["score_rejected"]] for chosen in row["score_chosen"]]
-        yield unit, (domain, "easy"), (better[1][0] + better[2][0] + better[2][1]) / 3
-        yield unit, (domain, "normal"), (better[0][0] + better[1][1] + better[2][2]) / 3
-        yield unit, (domain, "hard"), (better[0][1] + better[0][2] + better[1][2]) / 3
-
 def rmbench_summary(cells):
-    """Domain: mean of easy, normal and hard. Level: mean over domains. Average: mean over domains (and over levels)."""
+    """Domain: mean of easy, normal and hard. Level: mean over domains. Average: mean of either."""
     domains = [name for name in ("chat", "math", "code", "safety") if (name, "hard") in cells]
     levels = ("easy", "normal", "hard")
     by_domain = {name: sum(cells[name, level] for level in levels) / 3 for name in domains}
     by_level = {level: 100 * sum(cells[name, level] for name in domains) / len(domains) for level in levels}
     return {**by_level, **with_average(by_domain)}
 
+@formula(rmbench_summary)
 def rmbench_scores(rows):
     """RM-Bench. Rows: domain, score_chosen [3], score_rejected [3] -> chat, math, code, safety, easy, normal, hard,
-    average."""
-    return rmbench_summary(cell_means(rmbench_outcomes(rows)))
+    average.
 
-def ppe_preference_outcomes(rows):
-    """Only model_a and model_b winners, as a pair; strictly greater, a tie is wrong."""
+    3x3 comparisons of chosen i and rejected j, a tie is wrong; 0 concise, 1 detailed, 2 with markdown.
+    hard: the rejected one has the fancier style (i < j). The two safety domains are pooled by row.
+    """
+    for unit, row in enumerate(rows):
+        domain = re.match("chat|math|code|safety", row["domain"])[0]
+        better = [[chosen > rejected for rejected in row["score_rejected"]] for chosen in row["score_chosen"]]
+        yield unit, (domain, "easy"), (better[1][0] + better[2][0] + better[2][1]) / 3
+        yield unit, (domain, "normal"), (better[0][0] + better[1][1] + better[2][2]) / 3
+        yield unit, (domain, "hard"), (better[0][1] + better[0][2] + better[1][2]) / 3
+
+@formula(with_average)
+def ppe_preference_scores(rows):
+    """PPE Preference. Rows: winner, score_1, score_2 -> average.
+
+    Only rows that model_a or model_b wins; a tie of the scores is wrong.
+    """
     for unit, row in enumerate(rows):
         sign = {"model_a": 1, "model_b": -1}.get(row["winner"], 0)
         if sign:
             yield unit, "average", sign * row["score_1"] > sign * row["score_2"]
 
-def ppe_preference_scores(rows):
-    """PPE Preference. Rows: winner, score_1, score_2 -> average."""
-    return with_average(cell_means(ppe_preference_outcomes(rows)))
+@formula(with_average)
+def ppe_correctness_scores(rows):
+    """PPE Correctness. Rows: benchmark, scores (bool per response), sampled_conflict_pairs, rewards -> each benchmark,
+    average: the plain mean of the sets.
 
-def ppe_correctness_outcomes(rows):
-    """The sampled pairs (i, j), 0-based, of a right and a wrong response; strictly greater, a tie is wrong."""
+    The sampled pairs (i, j), 0-based, are of a right and a wrong response; a tie is wrong.
+    """
     for unit, row in enumerate(rows):
         for i, j in row["sampled_conflict_pairs"]:
             right, wrong = (i, j) if row["scores"][i] > row["scores"][j] else (j, i)
             yield unit, row["benchmark"], row["rewards"][right] > row["rewards"][wrong]
 
-def ppe_correctness_scores(rows):
-    """PPE Correctness: accuracy over the pairs of each set, then the plain mean of the sets.
-
-    Rows: benchmark, scores (bool per response), sampled_conflict_pairs, rewards -> each benchmark, average.
-    """
-    return with_average(cell_means(ppe_correctness_outcomes(rows)))
-
 JUDGEBENCH_CATEGORIES = {"mmlu-pro": "knowledge", "livebench-reasoning": "reasoning", "livebench-math": "math",
                          "livecodebench": "coding"}
 
-def judgebench_outcomes(rows):
-    """Each row counts in its category and in all; a tie is wrong, as in the official two-order mode."""
+def judgebench_summary(cells):
+    """average: over rows, the official number. macro: mean of the categories, which Skywork publishes.
+
+    The paper's 69.2 is Skywork's macro, 237/350 = 67.7 over rows. What it measured itself is k/350.
+    """
+    categories = with_average({name: cells[name] for name in JUDGEBENCH_CATEGORIES.values() if name in cells})
+    return {**categories, "average": 100 * cells["all"], "macro": categories["average"]}
+
+@formula(judgebench_summary)
+def judgebench_scores(rows):
+    """JudgeBench. Rows: source, label, score_A, score_B -> knowledge, reasoning, math, coding, average (micro) and
+    macro.
+
+    Each row counts in its category and in all; a tie is wrong, as in the official two-order mode.
+    """
     for unit, row in enumerate(rows):
         sign = {"A>B": 1, "B>A": -1}[row["label"]]
         right = sign * row["score_A"] > sign * row["score_B"]
@@ -266,45 +260,32 @@ def judgebench_outcomes(rows):
             if row["source"].startswith(start):
                 yield unit, category, right
 
-def judgebench_summary(cells):
-    """average: over rows, the official number. macro: mean of the categories, what Skywork and others publish."""
-    categories = with_average({name: cells[name] for name in JUDGEBENCH_CATEGORIES.values() if name in cells})
-    return {**categories, "average": 100 * cells["all"], "macro": categories["average"]}
-
-def judgebench_scores(rows):
-    """JudgeBench. Rows: source, label, score_A, score_B -> knowledge, reasoning, math, coding, average (micro) and
-    macro."""
-    return judgebench_summary(cell_means(judgebench_outcomes(rows)))
-
 # the first player's points: a strong verdict counts as three entries
 ARENA_POINTS = {"A>>B": [1] * 3, "A>B": [1], "A=B": [0.5], "A<B": [0], "A<<B": [0] * 3,
                 "B>>A": [0] * 3, "B>A": [0], "B=A": [0.5], "B<A": [1], "B<<A": [1] * 3}
 
-def arena_hard_outcomes(rows):
-    """games[0]: baseline is A; games[1]: the model is A. A question with a game without verdict is left out."""
+@formula(lambda cells: {category: 100 * mean for category, mean in cells.items()})
+def arena_hard_scores(rows):
+    """Arena-Hard-v2.0 without style control. Rows: uid, category, games [{score}, {score}] -> hard_prompt,
+    creative_writing: there is no official mean of the two.
+
+    games[0]: the baseline is A; games[1]: the model is A. A question with a game without verdict is left out. The
+    official script prints a mean of 100 unseeded bootstraps of this, +-0.1.
+    """
     for unit, row in enumerate(rows):
         verdicts = [game and ARENA_POINTS.get(game["score"]) for game in row["games"]]
         if all(verdicts):
             for points in [1 - p for p in verdicts[0]] + verdicts[1]:
                 yield unit, row["category"], points
 
-def arena_hard_summary(cells):
-    """Each category in percent: there is no official mean of the two."""
-    return {category: 100 * mean for category, mean in cells.items()}
-
-def arena_hard_scores(rows):
-    """Arena-Hard-v2.0 without style control. Rows: uid, category, games [{score}, {score}] -> hard_prompt,
-    creative_writing. The official script prints a mean of 100 unseeded bootstraps of this, +-0.1."""
-    return arena_hard_summary(cell_means(arena_hard_outcomes(rows)))
-
 # ---- 3. intervals ---------------------------------------------------------------------------------------------------
-def bootstrap(outcomes, summary, draws, seed):
-    """{key: (draws,)}: the summary of resampled units. The same rows and seed draw the same units: pairs of RMs too.
+def bootstrap(scores, rows, draws, seed):
+    """{key: (draws,)}: the scores of resampled units, the same ones for two RMs on the same rows.
 
-    Units are resampled among those that count in the same cells, so the make-up of a benchmark stays as it is.
+    Units are resampled among those that count in the same cells: the make-up of a benchmark stays.
     """
     units = collections.defaultdict(lambda: collections.defaultdict(lambda: [0.0, 0]))
-    for unit, cell, value in outcomes:
+    for unit, cell, value in scores.outcomes(rows):
         units[unit][cell][0] += value
         units[unit][cell][1] += 1
     strata = collections.defaultdict(list)
@@ -313,185 +294,175 @@ def bootstrap(outcomes, summary, draws, seed):
         strata[tuple(names)].append([cells[name] for name in names])
     rng, sums = np.random.default_rng(seed), collections.defaultdict(float)
     for cells, table in strata.items():
-        table = np.array(table, dtype=float)                                   # (units, cells, sum and count)
+        table = np.array(table, dtype=float)  # (units, cells, sum and count)
         counts = rng.multinomial(len(table), np.full(len(table), 1 / len(table)), size=draws)
         for cell, resampled in zip(cells, np.moveaxis(np.tensordot(counts, table, 1), 1, 0)):
-            sums[cell] = sums[cell] + resampled                                # (draws, sum and count)
-    return summary({cell: x[:, 0] / x[:, 1] for cell, x in sums.items()})
+            sums[cell] = sums[cell] + resampled  # (draws, sum and count)
+    return scores.summary({cell: x[:, 0] / x[:, 1] for cell, x in sums.items()})
 
 def interval(draws):
     """The middle 95 % of bootstrap draws."""
     return [float(x) for x in np.percentile(draws, [2.5, 97.5])]
 
 # ---- 4. benchmarks --------------------------------------------------------------------------------------------------
+def expect(row, where, columns):
+    """The row if it has these columns: {name: type, [str] for texts, or the pattern of a string}."""
+    for name, kind in columns.items():
+        value = row.get(name) if isinstance(row, dict) else None
+        if isinstance(kind, str):
+            fits = isinstance(value, str) and re.fullmatch(kind, value)
+        elif kind == [str]:
+            fits = isinstance(value, list) and value and all(isinstance(text, str) for text in value)
+        else:
+            fits = isinstance(value, kind)
+        if not fits:
+            wanted = "list of str" if kind == [str] else kind.__name__ if isinstance(kind, type) else kind
+            fail(f"{where}: expected a column {name} ({wanted}), got {value!r:.80}")
+    return row
+
 @dataclasses.dataclass
 class Benchmark:
-    """Where a benchmark's rows are, which texts are scored, and how scores become numbers."""
-    hub: dict                        # {label: "name:split"}
-    files: tuple                     # glob patterns below --data, the first that finds something is used
-    columns: dict                    # columns it must have -> type
-    texts: callable                  # row -> [(prompt, response), ...]
-    attach: callable                 # (row, scores of its texts) -> score columns
-    pairs: callable                  # row with scores -> [(better, worse), ...]: what is compared, to count ties
-    outcomes: callable
-    summary: callable
-    fixed: callable                  # (row, where, label of its source) -> row, or none to leave it out, or a refusal
+    """Where a benchmark's rows are, what they hold, and how their scores become numbers."""
+    scores: callable                 # the formula
+    responses: dict                  # {score column: column of the response or list of responses}
+    columns: dict                    # what a row must have, see `expect`
+    hub: dict = dataclasses.field(default_factory=dict)    # {label: "name:split"}
+    files: tuple = ()                # patterns below --data, the first that finds anything
+    size: int = 0                    # rows of the official set; 0: not known
+    prompt: str = "prompt"           # column
+    side: str = "left"               # where its official script cuts a text that is too long
+    prepare: callable = lambda row, where, label: row      # -> the row to score; None: leave it out
+    compared: callable = None        # row -> pairs of scores, to count ties; None: all with all
 
-def rmbench_fixed(row, where, label):
+    def texts(self, row):
+        """[(prompt, response)], in the order in which `attach` takes their scores."""
+        columns = (row[column] for column in self.responses.values())
+        texts = itertools.chain(*([value] if isinstance(value, str) else value for value in columns))
+        return [(row[self.prompt], text) for text in texts if text is not None]
+
+    def attach(self, row, scores):
+        """The row with its score columns; scores: an iterator. A response that is None gets none."""
+        return {**row, **{name: next(scores) if isinstance(row[column], str) else
+                          [None if text is None else next(scores) for text in row[column]]
+                          for name, column in self.responses.items()}}
+
+    def ties(self, row):
+        """How many of the comparisons are exact ties."""
+        columns = [np.ravel(row[name]).tolist() for name in self.responses]
+        return sum(a == b for a, b in (self.compared(row) if self.compared else itertools.product(*columns)))
+
+def prepare_pair(row, where, label):
+    """Strings or whole chats; the prompt may be left out where chosen is a whole chat."""
+    prompt = row.get("prompt") or (row["chosen"][:-1] if isinstance(row["chosen"], list) else None)
+    return {**row, "prompt": as_messages(prompt, where), "chosen": last_reply(row["chosen"], where),
+            "rejected": last_reply(row["rejected"], where)}
+
+def prepare_rewardbench2(row, where, label):
+    """Right answers first; a prompt of Ties comes in two forms."""
+    if row["subset"].lower() == "ties":
+        expect(row, where, {"id": r"(ref|tied):\d+"})
+    return {**row, "num_correct": len(row["chosen"]), "responses": row["chosen"] + row["rejected"]}
+
+def prepare_rmbench(row, where, label):
     """The domain is a column on the hub and the file's name in the repository."""
-    domain = row.get("domain") or Path(label).name.split("_")[0]
-    if not domain.startswith(("chat", "math", "code", "safety")):
-        fail(f"{where}: domain {domain!r}, expected chat, math, code or safety")
     if len(row["chosen"]) != 3 or len(row["rejected"]) != 3:
         fail(f"{where}: expected three chosen and three rejected responses")
-    return {**row, "domain": domain}
+    row = {**row, "domain": row.get("domain") or Path(label).name.split("_")[0]}
+    return expect(row, where, {"domain": "(chat|math|code|safety).*"})
 
-def rewardbench_fixed(row, where, label):
-    """A subset of no section would count nowhere."""
-    known = any(row["subset"] in counts for counts in REWARDBENCH_SECTIONS.values())
-    return row if known else fail(f"{where}: subset {row['subset']!r}, expected one of the filtered split")
+def prepare_ppe_correctness(row, where, label):
+    """One row of a Best-of-K set, with the responses that occur in a pair: at most 10 of 32.
 
-def rewardbench2_fixed(row, where, label):
-    """The number of right answers must be one that the Ties formula can take."""
-    if row["subset"].lower() == "ties" and not re.fullmatch(r"(ref|tied):\d+", str(row.get("id"))):
-        fail(f"{where}: id {row.get('id')!r}, expected ref:N or tied:N")
-    right = len(row["chosen"])
-    return {**row, "num_correct": right} if right and row["rejected"] else fail(f"{where}: no chosen or no rejected")
-
-def judgebench_fixed(row, where, label):
-    """Labels are the two strict ones, sources begin like a category's."""
-    if not row["source"].startswith(tuple(JUDGEBENCH_CATEGORIES)):
-        fail(f"{where}: source {row['source']!r}, expected {', '.join(JUDGEBENCH_CATEGORIES)}")
-    return row if row["label"] in ("A>B", "B>A") else fail(f"{where}: label {row['label']!r}, expected A>B or B>A")
-
-def ppe_preference_fixed(row, where, label):
-    """Undecided rows are not part of the score, so they are not scored either."""
-    return row if row["winner"] in ("model_a", "model_b") else None
-
-def ppe_correctness_fixed(row, where, label):
-    """One row of a Best-of-K set; the set's name is the label or a column of its own."""
+    The set's name is the label or a column of its own.
+    """
+    responses = [None] * len(row["scores"])
+    for pair in row["sampled_conflict_pairs"]:
+        if {row["scores"][k] for k in pair if k in range(len(responses))} != {False, True}:
+            fail(f"{where}: pair {pair} of sampled_conflict_pairs: expected a right and a wrong response")
+        for k in pair:
+            responses[k] = expect(row, where, {f"response_{k + 1}": str})[f"response_{k + 1}"]
     name = row.get("benchmark") or re.sub(r"^PPE-|-Best-of-K.*$", "", label, flags=re.S)
-    for i, j in row["sampled_conflict_pairs"]:
-        known = all(0 <= k < len(row["scores"]) and isinstance(row.get(f"response_{k + 1}"), str) for k in (i, j))
-        if not known or bool(row["scores"][i]) == bool(row["scores"][j]):
-            fail(f"{where}: pair ({i}, {j}) of sampled_conflict_pairs: expected a right and a wrong response")
-    return {**row, "benchmark": name} if row["sampled_conflict_pairs"] else None
+    row = expect({**row, "benchmark": name, "responses": responses}, where, {"benchmark": "|".join(PPE_SETS)})
+    return row if row["sampled_conflict_pairs"] else None
 
-def paired_responses(row):
-    """The responses that occur in a pair, 0-based: at most 10 of 32."""
-    return sorted({i for pair in row["sampled_conflict_pairs"] for i in pair})
-
-def ppe_correctness_attach(row, scores):
-    """Rewards in the places of the responses, none for those in no pair."""
-    rewards = dict(zip(paired_responses(row), scores))
-    return {"rewards": [rewards.get(i) for i in range(len(row["scores"]))]}
-
-def pairs_fixed(row, where, label):
-    """The prompt may be left out where chosen is a whole chat."""
-    prompt = row.get("prompt") or (row["chosen"][:-1] if isinstance(row["chosen"], list) else None)
-    return {**row, "prompt": as_messages(prompt, where)}
-
-PAIRS = Benchmark(
-    hub={}, files=(), columns={"chosen": (str, list), "rejected": (str, list)}, fixed=pairs_fixed,
-    texts=lambda row: [(row["prompt"], row["chosen"]), (row["prompt"], row["rejected"])],
-    attach=lambda row, scores: dict(zip(("score_chosen", "score_rejected"), scores)),
-    pairs=lambda row: [(row["score_chosen"], row["score_rejected"])],
-    outcomes=preference_outcomes, summary=with_average)
-
+PAIRS = Benchmark(preference_scores, {"score_chosen": "chosen", "score_rejected": "rejected"},
+                  {"chosen": str | list, "rejected": str | list}, prepare=prepare_pair)
+PPE_SETS = ("MMLU-Pro", "MATH", "GPQA", "IFEval", "MBPP-Plus")
 BENCHMARKS = {
-    "rewardbench": dataclasses.replace(
-        PAIRS, hub={"": "allenai/reward-bench:filtered"}, files=("reward-bench/**/filtered*", "rewardbench.*"),
-        columns={"prompt": str, "chosen": str, "rejected": str, "subset": str}, fixed=rewardbench_fixed,
-        outcomes=rewardbench_outcomes, summary=rewardbench_summary),
+    "rewardbench": Benchmark(
+        rewardbench_scores, PAIRS.responses, size=2985, hub={"": "allenai/reward-bench:filtered"},
+        files=("reward-bench/**/filtered*", "rewardbench.*"), columns={
+            "prompt": str, "chosen": str, "rejected": str,
+            "subset": "|".join(itertools.chain(*REWARDBENCH_SECTIONS.values()))}),
     "rewardbench2": Benchmark(
+        rewardbench2_scores, {"scores": "responses"}, size=1865, side="right",
         hub={"": "allenai/reward-bench-2:test"}, files=("reward-bench-2/**/test*", "rewardbench2.*"),
-        columns={"id": str, "prompt": str, "chosen": list, "rejected": list, "subset": str}, fixed=rewardbench2_fixed,
-        texts=lambda row: [(row["prompt"], text) for text in [*row["chosen"], *row["rejected"]]],
-        attach=lambda row, scores: {"scores": scores},
-        pairs=lambda row: [(right, wrong) for right in row["scores"][:row["num_correct"]]
-                           for wrong in row["scores"][row["num_correct"]:]],
-        outcomes=rewardbench2_outcomes, summary=rewardbench2_summary),
+        prepare=prepare_rewardbench2,
+        columns={"id": str, "prompt": str, "chosen": [str], "rejected": [str],
+                 "subset": "(?i:Factuality|Precise IF|Math|Safety|Focus|Ties)"},
+        compared=lambda row: itertools.product(row["scores"][:row["num_correct"]], row["scores"][row["num_correct"]:])),
     "rmbench": Benchmark(
-        hub={"": "THU-KEG/RM-Bench:train"}, files=("**/total_dataset.json*", "**/*_filtered.json*", "rmbench.*"),
-        columns={"prompt": str, "chosen": list, "rejected": list}, fixed=rmbench_fixed,
-        texts=lambda row: [(row["prompt"], text) for text in [*row["chosen"], *row["rejected"]]],
-        attach=lambda row, scores: {"score_chosen": scores[:3], "score_rejected": scores[3:]},
-        pairs=lambda row: list(itertools.product(row["score_chosen"], row["score_rejected"])),
-        outcomes=rmbench_outcomes, summary=rmbench_summary),
+        rmbench_scores, PAIRS.responses, size=1327, hub={"": "THU-KEG/RM-Bench:train"},
+        files=("**/total_dataset.json*", "**/*_filtered.json*", "rmbench.*"), prepare=prepare_rmbench,
+        columns={"prompt": str, "chosen": [str], "rejected": [str]}),
     "ppe_preference": Benchmark(
+        ppe_preference_scores, {"score_1": "response_1", "score_2": "response_2"},
         hub={"": "lmarena-ai/PPE-Human-Preference-V1:test"},
-        files=("PPE-Human-Preference-V1/**/test*", "ppe_preference.*"), fixed=ppe_preference_fixed,
+        files=("PPE-Human-Preference-V1/**/test*", "ppe_preference.*"),
         columns={"prompt": str, "response_1": str, "response_2": str, "winner": str},
-        texts=lambda row: [(row["prompt"], row["response_1"]), (row["prompt"], row["response_2"])],
-        attach=lambda row, scores: dict(zip(("score_1", "score_2"), scores)),
-        pairs=lambda row: [(row["score_1"], row["score_2"])],
-        outcomes=ppe_preference_outcomes, summary=with_average),
+        prepare=lambda row, where, label: row if row["winner"] in ("model_a", "model_b") else None),
     "ppe_correctness": Benchmark(
-        hub={name: f"lmarena-ai/PPE-{name}-Best-of-K:train" for name in ("MMLU-Pro", "MATH", "GPQA", "IFEval",
-                                                                        "MBPP-Plus")},
-        files=("PPE-*-Best-of-K/**/train*", "ppe_correctness.*"), fixed=ppe_correctness_fixed,
+        ppe_correctness_scores, {"rewards": "responses"}, size=2555,
+        hub={name: f"lmarena-ai/PPE-{name}-Best-of-K:train" for name in PPE_SETS},
+        files=("PPE-*-Best-of-K/**/train*", "ppe_correctness.*"), prepare=prepare_ppe_correctness,
         columns={"prompt": str, "scores": list, "sampled_conflict_pairs": list},
-        texts=lambda row: [(row["prompt"], row[f"response_{i + 1}"]) for i in paired_responses(row)],
-        attach=ppe_correctness_attach,
-        pairs=lambda row: [(row["rewards"][i], row["rewards"][j]) for i, j in row["sampled_conflict_pairs"]],
-        outcomes=ppe_correctness_outcomes, summary=with_average),
+        compared=lambda row: [(row["rewards"][i], row["rewards"][j]) for i, j in row["sampled_conflict_pairs"]]),
     "judgebench": Benchmark(
+        judgebench_scores, {"score_A": "response_A", "score_B": "response_B"}, size=350, prompt="question",
         hub={"": "ScalerLab/JudgeBench:gpt"}, files=("**/gpt.jsonl*", "**/*gpt-4o*.jsonl*", "JudgeBench/**/gpt*"),
-        columns={"question": str, "response_A": str, "response_B": str, "source": str, "label": str},
-        texts=lambda row: [(row["question"], row["response_A"]), (row["question"], row["response_B"])],
-        attach=lambda row, scores: dict(zip(("score_A", "score_B"), scores)),
-        pairs=lambda row: [(row["score_A"], row["score_B"])], fixed=judgebench_fixed,
-        outcomes=judgebench_outcomes, summary=judgebench_summary),
+        columns={"question": str, "response_A": str, "response_B": str, "label": "A>B|B>A",
+                 "source": f"({'|'.join(JUDGEBENCH_CATEGORIES)}).*"}),
 }
-POLICY_BENCHMARKS = ("alpaca_eval", "arena_hard")
 KEPT_COLUMNS = {  # of scores.jsonl: what the formulas read, and ids
     "id", "question_id", "pair_id", "subset", "domain", "benchmark", "source", "winner", "label", "num_correct",
     "sampled_conflict_pairs", "scores", "rewards", "score_chosen", "score_rejected", "score_1", "score_2", "score_A",
     "score_B"}
-COMPLETE = {"rewardbench": 2985, "rewardbench2": 1865, "rmbench": 1327, "ppe_correctness": 2555, "judgebench": 350}
+DATA_FILE = r"\.(jsonl?(\.gz)?|parquet)$"
 
 def local_files(cfg, name, patterns):
-    """Files below --data of the first pattern that finds any."""
+    """{label: path} below --data by the first pattern that finds any. No set may be there twice."""
     for pattern in patterns:
-        found = sorted(path for path in Path(cfg.data).glob(pattern) if re.search(r"\.jsonl?(\.gz)?$", path.name))
+        found = {}
+        for path in sorted(path for path in Path(cfg.data).glob(pattern) if re.search(DATA_FILE, path.name)):
+            label = str(path.relative_to(cfg.data)) if name == "ppe_correctness" else path.name  # its sets are folders
+            label = re.sub(DATA_FILE, "", label)
+            if label in found:
+                fail(f"--data: expected one of {found[label]} and {path} for --bench {name}")
+            found[label] = str(path)
         if found:
             return found
-    fail(f"--data {cfg.data}: nothing for --bench {name}, expected {' or '.join(patterns)} (.json, .jsonl, .gz)")
+    fail(f"--data {cfg.data}: nothing for --bench {name}, expected {' or '.join(patterns)}")
 
 def read_benchmark(cfg, name):
     """The rows of a benchmark or of a file of pairs, checked: a bad row stops the run."""
     bench = BENCHMARKS.get(name, PAIRS)
-    if name not in BENCHMARKS:
-        sources = {name: name}
-    elif cfg.data:
-        files = local_files(cfg, name, bench.files)
-        sources = {str(path.relative_to(cfg.data)): path for path in files}
-    else:
-        sources = bench.hub
-    rows = []
-    for label, source in sources.items():
-        for where, row in save.read_rows(str(source), "bench"):
-            for column, kind in bench.columns.items():
-                if not isinstance(row, dict) or not isinstance(row.get(column), kind):
-                    kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-                    fail(f"{where}: expected a column {column} ({kinds})")
-            rows.append(bench.fixed(row, where, label))
-            if rows[-1]:
-                for _, response in bench.texts(rows[-1]):
-                    save.last_reply(response, where)
-    rows = [row for row in rows if row]
-    return rows[:cfg.limit or None] or fail(f"--bench {name}: no rows")
+    sources = {name: name} if bench is PAIRS else local_files(cfg, name, bench.files) if cfg.data else bench.hub
+    rows = [bench.prepare(expect(row, where, bench.columns), where, label)
+            for label, source in sources.items() for where, row in save.read_rows(source, "bench")]
+    return [row for row in rows if row][:cfg.limit or None] or fail(f"--bench {name}: no rows")
 
 # ---- 5. scoring -----------------------------------------------------------------------------------------------------
-def encode(tokenizer, prompt, response, max_length):
-    """Token ids of prompt and response in the RM's template, exactly one BOS; too long: cut on the left, BOS kept."""
+def encode(tokenizer, prompt, response, max_length, side="left"):
+    """Token ids in the RM's own template, exactly one BOS; too long: cut on that side, BOS kept."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    ids = save.encode_chat(tokenizer, messages + [{"role": "assistant", "content": save.last_reply(response, "")}])
+    ids = save.encode_chat(tokenizer, messages + [{"role": "assistant", "content": response}])
     start = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    if side == "right":
+        return ids[:max_length]
     return ids if len(ids) <= max_length else start + ids[len(ids) - max_length + len(start):]
 
 def fingerprint(module, *also):
-    """sha256 of a model's class, configuration and weights as they will run: what cached numbers depend on."""
+    """sha256 of class, configuration and weights as they will run: what cached numbers depend on."""
     settings = {key: value for key, value in module.model.config.to_dict().items()
                 if key not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")}
     digest = hashlib.sha256(repr((type(module.model).__name__, sorted(settings.items()), also)).encode())
@@ -501,7 +472,7 @@ def fingerprint(module, *also):
     return digest.hexdigest()[:32]
 
 class Cache:
-    """{key: value} of one model, appended to a file of this rank as it grows; every rank's files are read at start."""
+    """{key: value} of one model, appended to a file of this rank; every rank's files are read at start."""
 
     def __init__(self, folder, name):
         self.values, self.path = {}, folder and Path(folder, f"{name}.{RANK}.jsonl")
@@ -522,36 +493,28 @@ class Cache:
                 file.write(b"\n" + json.dumps(new).encode())
 
 @torch.no_grad()
-def score_texts(cfg, rm, cache, texts, name):
+def score_texts(cfg, rm, cache, texts, name, side="left"):
     """[(prompt, response)] -> scores and the number of texts that were cut. Each different text is scored once."""
     limit = min(cfg.max_length or 16384, getattr(rm.model.config, "max_position_embeddings", None) or sys.maxsize)
     encoded, keys, cut = {}, [], 0
     for prompt, response in tqdm(texts, desc=f"{name}: tokenize", leave=False, delay=2, disable=RANK > 0):
-        ids = encode(rm.tokenizer, prompt, response, limit)
+        ids = encode(rm.tokenizer, prompt, response, limit, side)
         cut += len(ids) == limit and len(encode(rm.tokenizer, prompt, response, sys.maxsize)) > limit
         keys.append(hashlib.sha256(np.array(ids, np.int32).tobytes()).hexdigest()[:32])
         encoded[keys[-1]] = ids
     todo = [key for key in encoded if key not in cache.values]
     own = save.mine(sorted(todo, key=lambda key: -len(encoded[key])))
     sequences = [(encoded[key], 1) for key in own]
-    tokens = sum(len(ids) for ids, _ in sequences)
-    with tqdm(total=tokens, desc=name, unit="tok", unit_scale=True, disable=RANK > 0) as bar:
-        for rows in save.micro_batches(range(len(own)), sequences, cfg.micro_tokens):
-            rewards = rm.reward(rm.features(*save.model_inputs([sequences[i] for i in rows], cfg.device))[0]).tolist()
-            cache.append({own[i]: reward for i, reward in zip(rows, rewards)})
-            bar.update(sum(len(sequences[i][0]) for i in rows))
-    if WORLD > 1:  # every text was scored by one rank; the others add 0
-        owned = set(own)
-        cache.values.update(zip(todo, save.total(*(cache.values[key] if key in owned else 0 for key in todo))))
+    batches = save.micro_batches(range(len(own)), sequences, cfg.micro_tokens)
+    for rows in tqdm(batches, desc=name, disable=RANK > 0):
+        rewards, _ = rm(*save.model_inputs([sequences[i] for i in rows], cfg.device))
+        cache.append({own[i]: reward for i, reward in zip(rows, rewards.tolist())})
+    # every text was scored by one rank; the others add 0
+    cache.values.update(zip(todo, save.total(*(cache.values.get(key, 0) for key in todo))))
     scores = [cache.values[key] for key in keys]
     if not all(map(math.isfinite, scores)):  # seen by all ranks at once
         fail(f"--rm: a score on {name} is not finite" + ", try --dtype float32" * (cfg.dtype != "float32"))
     return scores, cut
-
-def attach_scores(bench, rows, scores):
-    """Rows with the score columns that the formula reads; `scores` in the order of the rows' texts."""
-    scores = iter(scores)
-    return [{**row, **bench.attach(row, [next(scores) for _ in bench.texts(row)])} for row in rows]
 
 def evaluate(cfg, path, benchmarks, first):
     """One reward model on all benchmarks -> {bench: scores, interval, counts} and {bench: bootstrap draws}.
@@ -564,66 +527,56 @@ def evaluate(cfg, path, benchmarks, first):
     for name, rows in benchmarks.items():
         bench = BENCHMARKS.get(name, PAIRS)
         texts = [text for row in rows for text in bench.texts(row)]
-        start = time.perf_counter()
-        scores, cut = score_texts(cfg, rm, cache, texts, Path(name).name)
-        scored = attach_scores(bench, rows, scores)
-        by_length = attach_scores(bench, rows, [len(save.last_reply(reply, "")) for _, reply in texts])
-        result = bench.summary(cell_means(bench.outcomes(scored)))
-        draws[name] = bootstrap(bench.outcomes(scored), bench.summary, cfg.draws, cfg.seed)
+        scores, cut = score_texts(cfg, rm, cache, texts, Path(name).name, bench.side)
+        scores, lengths = iter(scores), iter([len(response) for _, response in texts])
+        scored, by_length = ([bench.attach(row, values) for row in rows] for values in (scores, lengths))
+        result = bench.scores(scored)
+        draws[name] = bootstrap(bench.scores, scored, cfg.draws, cfg.seed)
         results[name] = {
             **result, "interval": {key: interval(draws[name][key]) for key in result},
-            "length_only": bench.summary(cell_means(bench.outcomes(by_length)))["average"],
-            "rows": len(rows), "texts": len(texts), "truncated": cut,
-            "ties": sum(a == b for row in scored for a, b in bench.pairs(row))}
-        say(f"{path} on {name}: {result['average']:.2f} %, {len(rows)} rows in {time.perf_counter() - start:.1f} s")
+            "length_only": bench.scores(by_length)["average"], "rows": len(rows), "texts": len(texts),
+            "truncated": cut, "ties": sum(map(bench.ties, scored))}
+        say(f"{path} on {name}: {result['average']:.2f} %, {len(rows)} rows")
         if cfg.out and RANK == 0:
             with open(Path(cfg.out, "scores.jsonl"), "a", encoding="utf-8") as file:
                 for number, row in enumerate(scored, 1):
                     kept = {key: value for key, value in row.items() if key in KEPT_COLUMNS}
                     file.write(json.dumps({"rm": path, "bench": name, "row": number, **kept}) + "\n")
     if set(BENCHMARKS) <= set(results):
-        draws["all"] = {"average": sum(draws[name]["average"] for name in BENCHMARKS) / len(BENCHMARKS)}
-        results["all"] = {"average": sum(results[name]["average"] for name in BENCHMARKS) / len(BENCHMARKS),
-                          "interval": {"average": interval(draws["all"]["average"])}}
+        draws["all"] = {"average": np.mean([draws[name]["average"] for name in BENCHMARKS], 0)}
+        results["all"] = {key: sum(results[name][key] for name in BENCHMARKS) / len(BENCHMARKS)
+                          for key in ("average", "length_only")}
+        results["all"]["interval"] = {"average": interval(draws["all"]["average"])}
     for name in results if first else ():
         results[name]["difference"] = {key: interval(x - first[name][key]) for key, x in draws[name].items()}
     return results, draws
 
-# arXiv 2605.30888, Table 1; its JudgeBench number is the mean of the four categories, `macro` here
-PAPER = {"Skywork-Reward-V2-Llama-3.2-3B": {"rewardbench": 93.0, "rewardbench2": 74.7, "rmbench": 80.0, "all": 76.0,
-                                            "ppe_preference": 68.4, "ppe_correctness": 70.7, "judgebench": 69.2}}
-
 def table(results):
-    """Lines of one table: models down, benchmarks across, score and 95 % interval, and what to know when reading it."""
+    """Lines: models down, benchmarks across, score and 95 % interval; then what a reader must know."""
     first = next(iter(results.values()))
-    lines = [["", *("average" if name == "all" else Path(name).name for name in first)]]
+    lines = [["", *(Path(name).name for name in first)]]
     for path, result in results.items():
         lines.append([path, *("{:.2f} [{:.1f}, {:.1f}]".format(x["average"], *x["interval"]["average"])
                               for x in result.values())])
         if result is not first:
-            gains = {name: x["average"] - first[name]["average"] for name, x in result.items()}
             lines.append(["  minus the first, paired", *("{:+.2f} [{:+.2f}, {:+.2f}]".format(
-                gains[name], *x["difference"]["average"]) for name, x in result.items())])
-        paper = PAPER.get(Path(path).name)
-        if paper:
-            lines.append(["  the paper's number", *(str(paper.get(name, "")) for name in result)])
-    lines.append(["the longer answer wins", *(f"{x['length_only']:.2f}" if "length_only" in x else ""
-                                              for x in first.values())])
+                x["average"] - first[name]["average"], *x["difference"]["average"]) for name, x in result.items())])
+    lines.append(["the longer answer wins", *(f"{x['length_only']:.2f}" for x in first.values())])
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
     for path, result in results.items():
         for name, x in result.items():
             notes = [f"{x[key]} {words}" for key, words in (("ties", "exact ties"), ("truncated", "texts cut to fit"))
                      if x.get(key)]
-            if x.get("rows", 0) < COMPLETE.get(name, 0):
-                notes.append(f"only {x['rows']} of {COMPLETE[name]} rows, not comparable with published numbers")
+            if name in BENCHMARKS and x["rows"] < BENCHMARKS[name].size:
+                notes.append(f"only {x['rows']} of {BENCHMARKS[name].size} rows, not comparable with published numbers")
             if "macro" in x:
-                notes.append(f"{x['macro']:.2f} as the mean of categories, which the paper and Skywork publish")
+                notes.append(f"{x['macro']:.2f} as the mean of categories, which in the paper only 69.2 is")
             text += [f"{path} on {Path(name).name}: {'; '.join(notes)}"] * bool(notes)
     return text
 
 def evaluate_reward_models(cfg):
-    """All --rm on all --bench: the table, results.json and scores.jsonl. What is done is on disk at any time."""
+    """All --rm on all --bench: the table, results.json, scores.jsonl."""
     benchmarks = {name: read_benchmark(cfg, name) for name in cfg.bench}
     if cfg.out and RANK == 0:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
@@ -632,20 +585,13 @@ def evaluate_reward_models(cfg):
     for path in cfg.rm:
         results[path], draws = evaluate(cfg, path, benchmarks, first)
         first = first or draws
-        write_results(cfg, results)
+        if cfg.out and RANK == 0:
+            save.write_json(Path(cfg.out, "results.json"), results)
     say("\n".join(["", *table(results)]))
-
-def write_results(cfg, results):
-    """results.json, {model: {bench: {"average": ...}}}, in one move."""
-    if cfg.out and RANK == 0:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        temporary = Path(cfg.out, "results.json.new")
-        save.write_json(temporary, results)
-        os.replace(temporary, Path(cfg.out, "results.json"))
 
 # ---- 6. policies: answers -------------------------------------------------------------------------------------------
 def answers_of(cfg, policy, questions, name):
-    """{id: question} -> {id: answer}, sampled as in training; every rank answers its share, a killed run goes on."""
+    """{id: question} -> {id: answer}, sampled as in training, a share on each rank; a killed run goes on."""
     sampling = {key: getattr(cfg, key) for key in ("max_new_tokens", "temperature", "top_p", "top_k")}
     where = Path(cfg.out, name, "answers"), fingerprint(policy, sampling, cfg.seed)
     cache, prompts = Cache(*where), {}
@@ -669,304 +615,83 @@ def answers_of(cfg, policy, questions, name):
     return {key: answers[key][0] for key in questions}
 
 def evaluate_policy(cfg):
-    """All --bench of the policy: answers on every rank, judging on rank 0. What is done is on disk at any time."""
-    steps = {"alpaca_eval": (alpaca_questions, alpaca_eval), "arena_hard": (arena_questions, arena_hard)}
-    questions = {name: dict(list(steps[name][0](cfg).items())[:cfg.limit or None]) for name in cfg.bench}
-    if "arena_hard" in cfg.bench and RANK == 0:  # refuse now, not after hours of answers
-        arena_baselines(arena_settings(cfg), questions["arena_hard"])
-        Judge(cfg).reply([{"role": "user", "content": "Answer with one word: are you there?"}])
+    """All --bench of the policy: answers on every rank, files on rank 0."""
+    questions = {name: read_questions(cfg, name) for name in cfg.bench}
     policy = save.to_working_copy(save.one_rank_at_a_time(lambda: Policy.from_pretrained(cfg.policy)), cfg)
     policy.check_logits(cfg.policy)
-    results = {cfg.policy: {}}
     for name, rows in questions.items():
         answers = answers_of(cfg, policy, {key: row["prompt"] for key, row in rows.items()}, name)
         if RANK == 0:
-            results[cfg.policy][name] = steps[name][1](cfg, rows, answers)
-            write_results(cfg, results)
-        save.barrier()
+            (alpaca_eval if name == "alpaca_eval" else arena_hard)(cfg, rows, answers)
 
-def write_rows(path, rows):
-    """A .json or .jsonl file in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    text = "[" + ",\n".join(lines) + "]\n" if path.suffix == ".json" else "".join(line + "\n" for line in lines)
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
+# ---- 7. policies: the files that the official tools read ------------------------------------------------------------
+QUESTIONS = {  # below --data, as in tatsu-lab/alpaca_eval and lmarena-ai/arena-hard-auto on the hub
+    "alpaca_eval": (("**/alpaca_eval.json*", "alpaca_eval/instructions*.json*"), {"instruction": str}),
+    "arena_hard": (("**/arena-hard-v2.0/question.jsonl*", "**/question.jsonl*"),
+                   {"uid": str, "prompt": str, "category": "hard_prompt|creative_writing"})}
 
-# ---- 7. AlpacaEval 2 ------------------------------------------------------------------------------------------------
-def alpaca_questions(cfg):
-    """The 805 instructions, in the dataset's order: the official package finds their difficulty by position."""
-    if cfg.data:
-        file = local_files(cfg, "alpaca_eval", ("**/alpaca_eval.json*", "alpaca_eval/instructions*.json*"))[0]
-    else:
-        from huggingface_hub import hf_hub_download  # comes with transformers
-        try:
-            file = hf_hub_download("tatsu-lab/alpaca_eval", "alpaca_eval.json", repo_type="dataset")
-        except Exception as error:  # the hub client raises many types: all mean that it cannot be had
-            fail(f"--bench alpaca_eval: its alpaca_eval.json is not on the hub, use --data ({save.first_line(error)})")
-    rows = {}
-    for where, row in save.read_rows(str(file), "data"):
-        if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
-            fail(f"{where}: expected a column instruction (str)")
-        rows[str(len(rows))] = {"prompt": row["instruction"], "dataset": row.get("dataset", "")}
-    return rows
-
-def alpaca_annotator(cfg, folder, package):
-    """The official annotator with --judge as its model: one token, m or M, weighted by its log-probs."""
-    name = re.sub(r"[^\w.-]", "_", cfg.judge)
-    prompt = Path(package.origin).parent / "evaluators_configs" / "alpaca_eval_clf_gpt4_turbo" / "alpaca_eval_clf.txt"
-    (folder / "annotator" / name).mkdir(parents=True, exist_ok=True)
-    save.write_json(folder / "annotator" / name / "configs.yaml", {name: {  # JSON is YAML too
-        "prompt_template": str(prompt), "fn_completions": "openai_completions",
-        "completions_kwargs": {"model_name": cfg.judge, "max_tokens": 1, "temperature": 1, "logprobs": True,
-                               "top_logprobs": 5},
-        "fn_completion_parser": "logprob_parser", "completion_key": "completions_all", "batch_size": 1,
-        "completion_parser_kwargs": {"numerator_token": "m", "denominator_tokens": ["m", "M"], "is_binarize": False}}})
-    return folder / "annotator" / name
+def read_questions(cfg, name):
+    """{id: row with a "prompt"} in the set's order: AlpacaEval's package finds the difficulty by position."""
+    patterns, columns = QUESTIONS[name]
+    source, rows = next(iter(local_files(cfg, name, patterns).values())), {}
+    for where, row in save.read_rows(source, "data"):
+        row = expect(row, where, columns)
+        rows[row.get("uid", str(len(rows)))] = {"prompt": row.get("instruction"), **row}
+    return dict(list(rows.items())[:cfg.limit or None])
 
 def alpaca_eval(cfg, rows, answers):
-    """model_outputs.json, then the official package for annotation, win rate and length-controlled win rate.
-
-    Without the package, an optional install, the command to run is printed.
-    """
-    folder, package = Path(cfg.out, "alpaca_eval").resolve(), importlib.util.find_spec("alpaca_eval")
-    write_rows(folder / "model_outputs.json", [
-        {"dataset": row["dataset"], "instruction": row["prompt"], "output": answers[key], "generator": cfg.name}
-        for key, row in rows.items()])
-    annotator = cfg.annotator or "weighted_alpaca_eval_gpt4_turbo"
-    if package and cfg.judge and not cfg.annotator:
-        annotator = alpaca_annotator(cfg, folder, package)
-    words = ["-m", "alpaca_eval.main", "evaluate", "--model_outputs", folder / "model_outputs.json", "--output_path",
-             folder, "--annotators_config", annotator, "--is_overwrite_leaderboard", "True"]
-    words += ["--reference_outputs", Path(cfg.reference).resolve()] if cfg.reference else []
-    words = [str(word) for word in words]
-    if not package:
-        say("alpaca_eval: its package is not installed, the answers are kept. After pip install alpaca_eval: this "
-            f"command again or, with the official judge,\n  python {' '.join(words)}")
-        return {"command": " ".join(["python", *words])}
-    environment = {**os.environ, "OPENAI_API_BASE": cfg.judge_url, "OPENAI_MAX_CONCURRENCY": str(cfg.judge_workers)}
-    environment.setdefault("OPENAI_API_KEY", "none")  # local servers want none, the official client wants one
-    if subprocess.run([sys.executable, *words], env=environment).returncode:
-        fail(f"--bench alpaca_eval: the official package failed, see above; the answers are kept in {folder}")
-    newest = max(folder.rglob("leaderboard.csv"), key=lambda path: path.stat().st_mtime)  # it may be one folder deeper
-    with open(newest, encoding="utf-8", newline="") as file:
-        board = {row[""]: row for row in csv.DictReader(file)}[cfg.name]
-    return {name: float(board[name]) for name in ("length_controlled_winrate", "win_rate", "standard_error",
-                                                  "avg_length", "n_total") if board.get(name)}
-
-# ---- 8. Arena-Hard-v2.0 ---------------------------------------------------------------------------------------------
-class Judge:
-    """A client of an OpenAI-compatible chat server. The key is read from OPENAI_API_KEY and only put into a header."""
-
-    pause = 1.0  # seconds before the second try, doubled each time up to a minute
-
-    class NoRedirect(urllib.request.HTTPRedirectHandler):
-        """A redirect would carry the key to another host."""
-
-        def redirect_request(self, *_):
-            """Refuse: it becomes an HTTP error."""
-
-    def __init__(self, cfg, **options):
-        self.cfg, self.options = cfg, options
-        if not re.match("https?://", cfg.judge_url):
-            fail(f"--judge_url {cfg.judge_url}: expected http:// or https://")
-        self.opener = urllib.request.build_opener(self.NoRedirect)  # verifies certificates
-
-    def once(self, messages):
-        """One request -> the text of the reply."""
-        body = json.dumps({"model": self.cfg.judge, "messages": messages, **self.options}).encode()
-        key = os.environ.get("OPENAI_API_KEY")
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-        request = urllib.request.Request(self.cfg.judge_url.rstrip("/") + "/chat/completions", body, headers)
-        with self.opener.open(request, timeout=self.cfg.judge_timeout) as response:
-            text = json.load(response)["choices"][0]["message"]["content"]
-        if not isinstance(text, str):
-            raise ValueError("no text")
-        return text
-
-    def reply(self, messages):
-        """The text of the reply. A busy, broken or silent server is asked again, a refusal is final."""
-        for attempt in range(self.cfg.judge_retries + 1):
-            wait = min(self.pause * 2 ** attempt, 60) * random.uniform(0.5, 1)
-            try:
-                return self.once(messages)
-            except urllib.error.HTTPError as error:
-                why = f"HTTP {error.code}"
-                if error.code in (401, 403):
-                    fail(f"--judge_url {self.cfg.judge_url}: it refuses the key in OPENAI_API_KEY ({why})")
-                if error.code < 500 and error.code not in (408, 409, 425, 429):
-                    fail(f"--judge {self.cfg.judge}: {self.cfg.judge_url} refuses the request ({why})")
-                after = error.headers.get("Retry-After", "")
-                wait = max(wait, min(int(after), 600)) if after.isdigit() else wait
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-                why = type(getattr(error, "reason", error)).__name__  # not its text, which may quote the request
-            if attempt < self.cfg.judge_retries:
-                time.sleep(wait)
-        fail(f"--judge_url {self.cfg.judge_url}: no usable reply in {self.cfg.judge_retries + 1} tries ({why})")
-
-def arena_settings(cfg):
-    """The benchmark's own configuration and, by category, baseline and system prompt, from the checkout."""
-    import yaml  # comes with transformers
-    try:
-        config = yaml.safe_load(Path(cfg.arena_dir, "config", "arena-hard-v2.0.yaml").read_text(encoding="utf-8"))
-        patterns = config.get("regex_patterns") or [config["regex_pattern"], r"\[([AB<>=]+)\]"]
-        return {"template": config["prompt_template"], "patterns": [re.compile(pattern) for pattern in patterns],
-                "options": {"temperature": config["temperature"], "max_tokens": config["max_tokens"]},
-                "folder": Path(cfg.arena_dir, "data", config["bench_name"]),
-                "categories": runpy.run_path(str(Path(cfg.arena_dir, "utils", "judge_utils.py")))["JUDGE_SETTINGS"]}
-    except Exception as error:  # runs a file of the checkout
-        fail(f"--arena_dir {cfg.arena_dir}: expected a checkout of arena-hard-auto, with config/arena-hard-v2.0.yaml "
-             f"and utils/judge_utils.py ({type(error).__name__}: {save.first_line(error)})")
-
-def arena_questions(cfg):
-    """{uid: row} of question.jsonl."""
-    settings, rows = arena_settings(cfg), {}
-    for where, row in save.read_rows(str(settings["folder"] / "question.jsonl"), "arena_dir"):
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("uid", "category", "prompt")):
-            fail(f"{where}: expected columns uid, category and prompt (str)")
-        if row["category"] not in settings["categories"]:
-            fail(f"{where}: category {row['category']!r}, expected one of {', '.join(settings['categories'])}")
-        rows[row["uid"]] = row
-    return rows
-
-def arena_baselines(settings, rows):
-    """{uid: (baseline's name, its answer)} from model_answer/BASELINE.jsonl."""
-    names = {uid: settings["categories"][row["category"]]["baseline"] for uid, row in rows.items()}
-    answers = {}
-    for name in sorted(set(names.values())):
-        for where, row in save.read_rows(str(settings["folder"] / "model_answer" / f"{name}.jsonl"), "arena_dir"):
-            try:
-                content = row["messages"][-1]["content"]
-                answers[name, row["uid"]] = content["answer"] if isinstance(content, dict) else content
-            except (LookupError, TypeError):
-                fail(f"{where}: expected uid and messages")
-    missing = [uid for uid, name in names.items() if (name, uid) not in answers]
-    if missing:
-        fail(f"--arena_dir: model_answer/{names[missing[0]]}.jsonl has no answer to question {missing[0]}")
-    return {uid: (name, answers[name, uid]) for uid, name in names.items()}
-
-def verdict(settings, text):
-    """The last label of the first pattern that finds any; none for a label that show_result.py does not know."""
-    for pattern in settings["patterns"]:
-        labels = [label for label in pattern.findall(text.upper()) if label]
-        if labels:
-            return labels[-1] if labels[-1] in ARENA_POINTS else None
-    return None
-
-def arena_game(judge, settings, messages):
-    """One game. A reply without verdict is asked for twice more; then its score is null, as in the official code."""
-    for _ in range(3):
-        text = judge.reply(messages)
-        score = verdict(settings, text)
-        if score:
-            break
-    return {"score": score, "judgment": {"answer": text}, "prompt": messages}
-
-def arena_judgments(path, games):
-    """{uid: row} of a model_judgment file, of those rows that judged exactly the messages in `games`."""
-    done = {}
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
-        try:
-            row = json.loads(line)
-            if [game["prompt"] for game in row["games"]] == games.get(row["uid"]):
-                done[row["uid"]] = row
-        except (ValueError, LookupError, TypeError):
-            pass  # empty, or cut short by a kill: the question is judged again
-    return done
+    """AlpacaEval 2: model_outputs.json, and the official command that has it judged and scored."""
+    file = Path(cfg.out, "alpaca_eval", "model_outputs.json").resolve()
+    save.write_json(file, [{"dataset": row.get("dataset", ""), "instruction": row["prompt"], "output": answers[key],
+                            "generator": cfg.name} for key, row in rows.items()])
+    say("alpaca_eval: for the win rates, after pip install alpaca_eval and with OPENAI_API_KEY\n  alpaca_eval "
+        f"--model_outputs '{file}' --annotators_config weighted_alpaca_eval_gpt4_turbo --output_path '{file.parent}'")
 
 def arena_hard(cfg, rows, answers):
-    """model_answer and model_judgment files that the checkout's own show_result.py reads, and the scores.
+    """Arena-Hard-v2.0: the model_answer file, and the official commands that have it judged and scored.
 
-    A question is two games, written as one line when both are judged. A line counts as done only where it shows the
-    same texts: a killed run goes on, another policy of the same name starts anew, and nothing is counted twice.
+    `arena_hard_scores` takes the rows of the model_judgment file that comes of them.
     """
-    settings = arena_settings(cfg)
-    baselines = arena_baselines(settings, rows)
-    write_rows(settings["folder"] / "model_answer" / f"{cfg.name}.jsonl", [
-        {"uid": uid, "ans_id": hashlib.sha256(f"{cfg.name} {uid}".encode()).hexdigest()[:22], "model": cfg.name,
-         "messages": [{"role": "user", "content": row["prompt"]},
-                      {"role": "assistant", "content": {"answer": answers[uid]}}],
-         **style_metadata(answers[uid])} for uid, row in rows.items()])
-    judge, games = Judge(cfg, **settings["options"]), {}
-    for uid, row in rows.items():
-        system = {"role": "system", "content": settings["categories"][row["category"]]["system_prompt"]}
-        ours, theirs = answers[uid], baselines[uid][1]
-        games[uid] = [[system, {"role": "user", "content": settings["template"].format(
-            QUESTION=row["prompt"], ANSWER_A=a, ANSWER_B=b)}] for a, b in ((theirs, ours), (ours, theirs))]
-    path = settings["folder"] / "model_judgment" / cfg.judge / f"{cfg.name}.jsonl"
-    done = arena_judgments(path, games)
-    write_rows(path, done.values())
-
-    refusals = []
-
-    def judged(uid):
-        """One line of the file; nothing more is asked after a refusal, but what is under way is kept."""
-        return None if refusals else {
-            "uid": uid, "category": rows[uid]["category"], "judge": cfg.judge, "model": cfg.name,
-            "baseline": baselines[uid][0], "games": [arena_game(judge, settings, game) for game in games[uid]]}
-
-    with concurrent.futures.ThreadPoolExecutor(cfg.judge_workers) as pool, open(path, "a", encoding="utf-8") as file:
-        futures = [pool.submit(judged, uid) for uid in games if uid not in done]
-        for future in tqdm(concurrent.futures.as_completed(futures), "arena_hard: judge", len(futures)):
-            try:
-                row = future.result()
-            except UsageError as refusal:
-                refusals.append(refusal)
-            else:
-                if row:
-                    done[row["uid"]] = row
-                    file.write(json.dumps(row) + "\n")
-                    file.flush()
-    if refusals:
-        raise refusals[0]
-    return arena_report(cfg, done.values())
-
-def arena_report(cfg, rows):
-    """Scores, intervals and what was left out."""
-    outcomes = list(arena_hard_outcomes(rows))
-    scores, draws = arena_hard_scores(rows), bootstrap(outcomes, arena_hard_summary, cfg.draws, cfg.seed)
-    result = {**scores, "interval": {key: interval(x) for key, x in draws.items()}, "judge": cfg.judge,
-              "questions": len(rows), "without_verdict": len(rows) - len({unit for unit, _, _ in outcomes})}
-    for category, (low, high) in result["interval"].items():
-        say(f"{cfg.name} on arena_hard {category}: {scores[category]:.1f} % [{low:.1f}, {high:.1f}] by {cfg.judge}, no "
-            f"style control; in the checkout: python show_result.py -j {cfg.judge} -c {category}")
-    if result["without_verdict"]:
-        say(f"arena_hard: {result['without_verdict']} of {len(rows)} questions left out, a game has no verdict")
-    return result
+    file = Path(cfg.out, "arena_hard", "model_answer", f"{cfg.name}.jsonl").resolve()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [{"uid": uid, "ans_id": hashlib.sha256(f"{cfg.name} {uid}".encode()).hexdigest()[:22], "model": cfg.name,
+              "messages": [{"role": "user", "content": row["prompt"]},
+                           {"role": "assistant", "content": {"answer": answers[uid]}}],
+              **style_metadata(answers[uid])} for uid, row in rows.items()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    say("arena_hard: for the win rates, in a checkout of lmarena/arena-hard-auto, with "
+        f"model_list: [{cfg.name}] in config/arena-hard-v2.0.yaml\n  cp '{file}' data/arena-hard-v2.0/model_answer/\n"
+        "  python gen_judgment.py\n  python show_result.py --judge-names gpt-4.1 --category hard_prompt")
 
 def style_metadata(text):
-    """What the official style control reads: tokens, and markdown outside code blocks. Nothing without tiktoken."""
+    """What style control reads: tokens, markdown outside code blocks. Nothing without tiktoken."""
     try:
         import tiktoken
         tokens = len(tiktoken.encoding_for_model("gpt-4o").encode(text, disallowed_special=()))
     except Exception:  # not installed, or its vocabulary cannot be fetched: only style control needs it
         return {}
-    plain = re.sub("```([^`]*)```", "", text)
+    plain = text
+    for inside in re.findall("```([^`]*)```", text):
+        plain = plain.replace(inside, "")  # the official way: everywhere, and the fences stay
+    patterns = {"header_count": {f"h{n}": rf"^#{{{n}}}\s" for n in range(1, 7)},
+                "list_count": {"ordered": r"^\s*\d+\.\s", "unordered": r"^\s*[-*+]\s"},
+                "bold_count": {"**": r"\*\*[^*\n]+\*\*", "__": r"__[^_\n]+__"}}
+    counts = {kind: {name: len(re.findall(pattern, plain, re.M)) for name, pattern in some.items()}
+              for kind, some in patterns.items()}
+    return {"metadata": {"token_len": tokens, **counts}}
 
-    def count(pattern):
-        return len(re.findall(pattern, plain, re.M))
-
-    return {"metadata": {
-        "token_len": tokens, "header_count": {f"h{n}": count(rf"^#{{{n}}}\s") for n in range(1, 7)},
-        "list_count": {"ordered": count(r"^\s*\d+\.\s"), "unordered": count(r"^\s*[-*+]\s")},
-        "bold_count": {"**": count(r"\*\*[^*\n]+\*\*"), "__": count(r"__[^_\n]+__")}}}
-
-# ---- 9. main --------------------------------------------------------------------------------------------------------
+# ---- 8. main --------------------------------------------------------------------------------------------------------
 def main(argv=None):
-    """Parse, check, evaluate. Bad input: one line on stderr and exit code 2; what was done so far is kept."""
+    """Parse, check, evaluate. Bad input: one line on stderr and exit code 2."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         cfg = save.parse_config(argv, EvalConfig).checked()
         save.start_ranks(cfg.device)
         (evaluate_reward_models if cfg.rm else evaluate_policy)(cfg)
-    except UsageError as error:
-        if RANK == 0:
+    except (UsageError, OSError) as error:  # OSError: a disk that is full or gone, perhaps of one rank
+        if RANK == 0 or isinstance(error, OSError):
             print(f"eval.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a disk that is full or gone
-        print(f"eval.py: error: {error}; what was done so far is kept", file=sys.stderr)
         sys.exit(2)
     finally:
         save.stop_ranks()
