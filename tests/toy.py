@@ -58,8 +58,7 @@ TASKS = {
 WORLDS = ("annealed", "constant", "noisy")
 LAPTOP_FLAGS = (  # of save.py on this world, for run.sh and tables.py
     "--steps 80 --batch 16 --group 8 --temperature 1 --top_p 1 --top_k 0 --max_new_tokens 8 --lr_rm 1e-5 "
-    "--lr_value 1e-3 --lr_policy 5e-4 --value_prompts 512 --value_epochs 6 --value_lr 2e-3 --save_every 0 "
-    "--show_every 40").split()
+    "--lr_value 1e-3 --lr_policy 5e-4 --value_prompts 512 --value_epochs 6 --value_lr 2e-3 --save_every 0").split()
 SIZES = {"prompts": 2000, "prompts_test": 500, "pairs": 4000, "heldout": 1000, "sft_steps": 800, "grpo_steps": 40}
 
 # the RM's special tokens do in its template what these do in the policy's; its BOS has no counterpart
@@ -228,11 +227,12 @@ def relabelled(policy_dir):
 
 def train_rm(path, policy_dir, pairs, world, seed):
     """Stage 1 by save.py itself, then the score times 2.5: L_R needs rewards of a group that differ by units."""
+    steps = len(Path(pairs).read_text().splitlines()) * 5 // 64  # five passes
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         write_model(f"{folder}/start", *relabelled(policy_dir))
         save.main(["--stage", "preference", "--rm", f"{folder}/start", "--pairs", str(pairs), "--out", f"{folder}/out",
-                   "--lr_rm", "1e-3", "--batch", "64", "--epochs", "5", "--seed", str(seed), "--device", "cpu",
+                   "--lr_rm", "1e-3", "--batch", "64", "--steps", str(steps), "--seed", str(seed), "--device", "cpu",
                    "--lr_schedule", "constant" if world == "constant" else "linear", "--save_every", "0",
                    "--micro_tokens", "8192"])
         model = LlamaForSequenceClassification.from_pretrained(f"{folder}/out/rm")
@@ -282,7 +282,7 @@ def train_grpo(policy_dir, prompts, reward, steps, seed, desc):
         log_probs, mask = policy(*inputs, 1.0)
         with torch.no_grad():
             ref_log_probs, _ = reference(*inputs, 1.0)
-        loss, _ = save.policy_loss(log_probs, log_probs, ref_log_probs, advantages, mask, algo="grpo", clip_low=0.2,
+        loss, _ = save.policy_loss(log_probs, log_probs, ref_log_probs, advantages, mask, algo=save.ALGORITHMS["grpo"], clip_low=0.2,
                                    clip_high=0.2, kl_coef=0.04)
         optimizer.zero_grad()
         loss.backward()
