@@ -1,7 +1,7 @@
 """R2M (arXiv 2601.22664) as a fork of save.py: a reward model (RM) that also looks at the policy's hidden states.
 
-    python tests/rivals/r2m.py [flags of save.py] [--r2m_alpha 0.3 --r2m_omega 0.7 --r2m_width 2048]
-    torchrun --nproc-per-node 2 tests/rivals/r2m.py ...
+    python tests/forks/r2m.py [flags of save.py] [--r2m_alpha 0.3 --r2m_omega 0.7 --r2m_width 2048]
+    torchrun --nproc-per-node 2 tests/forks/r2m.py ...
 
 h (T,D_p): last-layer hidden states of the policy; H_last (D,): the RM's at its last token; d = --r2m_width:
     q = H_last W_q,  k = h W_k,  v = h W_v,  H_hat = softmax(q k^T / sqrt(d)) v W_o
@@ -34,6 +34,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import save  # noqa: E402
@@ -79,9 +80,10 @@ class R2M(save.RewardModel):
         self.model.score.requires_grad_(True)
         outer, inner, d = rm.model.score.in_features, policy.model.config.get_text_config().hidden_size, cfg.r2m_width
         shapes = {"W_q": (outer, d), "W_k": (inner, d), "W_v": (inner, d), "W_o": (d, outer)}
-        self.matrices = nn.ParameterDict({
-            name: (2 * torch.rand(shape, generator=save.generator(cfg.seed, "r2m", name)) - 1) / shape[0] ** 0.5
-            for name, shape in shapes.items()})
+        self.matrices = nn.ParameterDict()
+        for name, shape in shapes.items():
+            numbers = torch.Generator().manual_seed(save.seed_for(cfg.seed, "r2m", name))
+            self.matrices[name] = (2 * torch.rand(shape, generator=numbers) - 1) / shape[0] ** 0.5
         self.to(cfg.device)
 
     def attend(self, last, states, mask):
@@ -102,34 +104,35 @@ class R2M(save.RewardModel):
     def forward(self, *inputs):
         """`model_inputs` -> rewards (N,), values (N,)."""
         last, prompt = self.features(*inputs)
-        return self.reward(last), self.value(prompt)
+        return self.model.score(last).squeeze(-1), self.value(prompt)
 
-    def save_pretrained(self, path, masters=None):
+    def save_pretrained(self, path):
         """The RM as it was before it was rounded to --dtype, with the new phi, and the matrices."""
         stock = save.RewardModel.from_pretrained(self.path)
         stock.model.score.load_state_dict(self.model.score.state_dict())
         stock.has_value_head = False
         with save.replaced_folder(path) as folder:
             stock.save_pretrained(folder)
-            state = {name: p.detach().cpu() for name, p in self.matrices.items()}
-            safetensors.torch.save_file(state, folder / "r2m.safetensors")
+            if save.RANK == 0:
+                state = {name: p.detach().cpu() for name, p in self.matrices.items()}
+                safetensors.torch.save_file(state, folder / "r2m.safetensors")
 
 # ---- what takes the place of save.py's functions of the same names
 @dataclasses.dataclass
 class Config(save.Config):
     """R2M: save.py's flags, two of them with other defaults, and three more."""
-    rm_update: str = "none"          # only none: R2M is what updates the reward model
-    lr_rm: float = 1e-6              # the matrices and the scoring head (R2M's own)
-    r2m_alpha: float = 0.3           # weight of L_GRE
-    r2m_omega: float = 0.7           # smallest w(t)
-    r2m_width: int = 2048            # d
+    rm_update: str = "none"  # only none: R2M is what updates the reward model
+    lr_rm: float = 1e-6  # the matrices and the scoring head (R2M's own)
+    r2m_alpha: float = 0.3  # weight of L_GRE
+    r2m_omega: float = 0.7  # smallest w(t)
+    r2m_width: int = 2048  # d
 
     def checked(self):
-        """As in save.py."""
-        if self.rm_update != "none" or self.stage not in ("", "save"):
-            save.fail(f"--rm_update {self.rm_update} --stage {self.stage}: R2M replaces them, leave both out")
-        if not (0 <= self.r2m_alpha <= 1 and 0 <= self.r2m_omega <= 1 and self.r2m_width > 0):
-            save.fail("--r2m_alpha, --r2m_omega, --r2m_width: expected 0 to 1, 0 to 1 and more than 0")
+        """The checks of save.py, after R2M's own."""
+        save.expect(self.rm_update == "none" and self.stage in ("", "save"),
+                    f"--rm_update {self.rm_update} --stage {self.stage}: R2M replaces them, leave both out")
+        save.expect(0 <= self.r2m_alpha <= 1 and 0 <= self.r2m_omega <= 1 and self.r2m_width > 0,
+                    "--r2m_alpha, --r2m_omega, --r2m_width: expected 0 to 1, 0 to 1 and more than 0")
         return super().checked()
 
 def sample(run, *args):
@@ -140,7 +143,7 @@ def sample(run, *args):
 
 def read_pairs(cfg, source, flag, tokenizer):
     """The same for held-out pairs, which come as text."""
-    words = save.load_tokenizer(cfg.policy, "policy")
+    words = save.load(cfg.policy, "policy", AutoTokenizer)
 
     def encode_responses(tokenizer, messages, responses):
         prompt = save.encode_chat(words, messages, generation_prompt=True)
@@ -156,35 +159,35 @@ def model_inputs(sequences, device):
     if isinstance(sequences[0][1], int):  # the policy's
         return plain.model_inputs(sequences, device)
     rows = [(ids, length) for ids, (length, _) in sequences]
-    return *plain.model_inputs(rows, device), *save.pad([said for _, (_, said) in sequences], device)
+    said = [(said, len(said)) for _, (_, said) in sequences]
+    return *plain.model_inputs(rows, device), *plain.model_inputs(said, device)[:2]
 
 def learn(run, batch):
     """One step of plain GRPO on R(x, y, h), then one step of the reward model on the same responses."""
-    run.rm.w = own_share(batch.step, run.cfg.steps, run.cfg.r2m_omega)
+    alpha, run.rm.w = run.cfg.r2m_alpha, own_share(batch.step, run.cfg.steps, run.cfg.r2m_omega)
     plain.learn(run, batch)
     pair, before = highest_and_lowest(batch.rewards), batch.rewards
     save.score_batch(run, batch)  # h is the new policy's
     run.log.put(own_share=run.rm.w, state_shift=(batch.rewards - before).abs().mean())
-    save.reward_model_step(run, batch, *pair)
+    row = save.RMUpdate(lambda rewards, values, highest, lowest, usable:
+                        (1 - alpha) * pair_loss(rewards, highest, lowest) + alpha * entropy_loss(rewards), "")
+    with mock.patch.dict(save.RM_UPDATES, none=row):
+        save.reward_model_step(run, batch, *pair)
 
-def save_stage(run, prompts, heldout):
+def each_step(run, *inputs):
     """Both models are loaded by now: build R2M from them, and its optimizer, then go on as save.py does."""
-    run.rm, alpha = R2M(run.rm, run.policy, run.cfg), run.cfg.r2m_alpha
+    run.rm = R2M(run.rm, run.policy, run.cfg)
     run.optimizers["rm"] = save.ShardedAdamW(run.rm, run.cfg.lr_rm, run.cfg)
-    # `reward_model_step` looks its loss up here and hands on the masks that it got from `learn`
-    save.RM_LOSSES["none"] = lambda rewards, values, highest, lowest, usable: \
-        (1 - alpha) * pair_loss(rewards, highest, lowest) + alpha * entropy_loss(rewards)
-    plain.save_stage(run, prompts, heldout)
+    yield from plain.each_step(run, *inputs)
 
 def main(argv=None):
-    """save.py's main with these replacements, for as long as it runs."""
-    with mock.patch.dict(save.RM_LOSSES), mock.patch.multiple(
-            save,
-            read_pairs=read_pairs,      # held-out pairs in the policy's tokens too
-            sample=sample,              # responses: keep the policy's tokens with the reward model's
-            model_inputs=model_inputs,  # so that both reach R2M.features
-            learn=learn,                # a step of the reward model after that of the policy
-            save_stage=save_stage):     # R2M in place of the RM, its optimizer and its loss
+    """save.main with these names of its module replaced until it returns."""
+    with mock.patch.multiple(save,
+                             read_pairs=read_pairs,      # held-out pairs in the policy's tokens too
+                             sample=sample,              # responses: keep the policy's tokens with the RM's
+                             model_inputs=model_inputs,  # so that both reach R2M.features
+                             learn=learn,                # a step of the reward model after that of the policy
+                             each_step=each_step):       # R2M in place of the RM, and its optimizer
         save.main(argv, Config)
 
 if __name__ == "__main__":

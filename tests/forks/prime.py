@@ -1,17 +1,10 @@
 """PRIME, process reinforcement through implicit rewards (arXiv 2502.01456), as a fork of save.py: only what differs.
 
-    python tests/rivals/prime.py [flags of save.py] [--prime_beta .05 --lr_prm 1e-6 --prime_labels hard|soft]
+    python tests/forks/prime.py [flags of save.py] [--prime_beta .05 --lr_prm 1e-6 --prime_labels hard|soft]
 
 The implicit process reward model (PRM) is a causal LM phi that starts as the policy; ref is the policy at the start.
     r_phi(y_t) = beta (log pi_phi(y_t) - log pi_ref(y_t))    a reward for each token, at temperature 1
     r_phi(y)   = sum_t r_phi(y_t)                            trained as the logit of "y is good", beside the policy
-
-One step, as in its Algorithm 1:
-    label the responses, drop prompts by accuracy    outcome_labels, accuracy_filter
-    score their tokens with the PRM                  token_log_probs
-    advantage of each token, Eq. 5                   prime_advantages
-    cross-entropy step of the PRM on the labels      prm_step      after the scoring, "update=after"
-    clipped policy step                              policy_step   with the scores from before the PRM's step
 
 PRIME has a verifier. For open-ended prompts the frozen --rm stands in: a response is good if R is at least its group's
 mean (hard), or good to the degree sigmoid(R - mean) (soft). Every response of a prompt that passes the filter trains,
@@ -29,28 +22,30 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import save  # noqa: E402
 
-# what the replacements below go on to call
-read_pairs, save_stage, policy_loss = save.read_pairs, save.save_stage, save.policy_loss
+plain = SimpleNamespace(**vars(save))  # what `main` replaces, as it was
 
 @dataclasses.dataclass
-class PrimeConfig(save.Config):
+class Config(save.Config):
     """PRIME: flags of save.py and its own. Those of the RM update and the value head have no effect."""
-    rm_update: str = "none"          # only none: the RM labels, the PRM learns
-    kl_coef: float = 0.0             # KL to the initial policy (PRIME: none)
-    prime_beta: float = 0.05         # beta, the scale of the implicit rewards (PRIME)
-    lr_prm: float = 1e-6             # the PRM's learning rate (PRIME)
-    prime_labels: str = "hard"       # hard | soft: R >= group mean, or sigmoid(R - group mean)
+    rm_update: str = "none"  # only none: the RM labels, the PRM learns
+    kl_coef: float = 0.0  # KL to the initial policy (PRIME: none)
+    prime_beta: float = 0.05  # beta, the scale of the implicit rewards (PRIME)
+    lr_prm: float = 1e-6  # the PRM's learning rate (PRIME)
+    prime_labels: str = "hard"  # hard: R >= group mean; soft: sigmoid(R - group mean)
 
     def checked(self):
-        """The checks of save.py, then what PRIME is not."""
-        for name, allowed in {"rm_update": ["none"], "algo": ["grpo"], "stage": ["", "save"]}.items():
-            if getattr(self, name) not in allowed:
-                save.fail(f"--{name} {getattr(self, name)}: PRIME expects {allowed[-1]}")
-        return super().checked() if save.WORLD == 1 else save.fail(f"{save.WORLD} ranks: PRIME runs on one")
+        """The checks of save.py, after what PRIME is not."""
+        for name, allowed in {"rm_update": ["none"], "algo": ["grpo"], "stage": ["", "save"],
+                              "prime_labels": ["soft", "hard"]}.items():
+            value = getattr(self, name)
+            save.expect(value in allowed, f"--{name} {value}: PRIME expects {' or '.join(filter(None, allowed))}")
+        save.expect(save.WORLD == 1, f"{save.WORLD} ranks: PRIME runs on one")
+        return super().checked()
 
 # ---- maths: P prompts, G responses each, N = P*G rows, T tokens -----------------------------------------------------
 def outcome_labels(rewards, kind):
@@ -81,7 +76,7 @@ def cross_entropy(rewards, labels):
     """Mean of -[r_o log sigmoid(r) + (1 - r_o) log(1 - sigmoid(r))] over rewards r = r_phi(y) (n,), labels r_o (n,)."""
     return -(labels * F.logsigmoid(rewards) + (1 - labels) * F.logsigmoid(-rewards)).mean()
 
-# ---- the step -------------------------------------------------------------------------------------------------------
+# ---- the step: Algorithm 1 with "update=after" ----------------------------------------------------------------------
 def token_log_probs(run, sequences):
     """The responses' log-probs under the PRM and under ref, 0 after a response's end, and their mask; all (N,T)."""
     as_policy = dataclasses.replace(run, policy=run.prm, cfg=dataclasses.replace(run.cfg, temperature=1.0))
@@ -94,58 +89,41 @@ def token_log_probs(run, sequences):
 
 def prm_step(run, batch, reference, labels, keep):
     """One cross-entropy step of the PRM on the responses `keep` (P,G). reference (N,T), labels (P,G)."""
-    cfg, labels, losses = run.cfg, labels.flatten(), []
-    kept = keep.flatten().nonzero()[:, 0].tolist()
+    cfg, labels, kept = run.cfg, labels.flatten(), keep.flatten().nonzero()[:, 0].tolist()
 
     def micro_loss(model, rows):
         log_probs, _ = model(*save.model_inputs([batch.sequences[row] for row in rows], cfg.device), 1.0)
         rewards = cfg.prime_beta * (log_probs - reference[rows, :log_probs.shape[1]]).sum(1)
         loss = cross_entropy(rewards, labels[rows]) * len(rows) / len(kept)
-        losses.append(loss.item())
-        return loss
+        return loss, (loss.double(),)
 
     with run.log.time("rm_update"):
-        save.accumulate(run.prm, save.micro_batches(kept, batch.sequences, cfg.micro_tokens), micro_loss)
-        run.log.put(rm_loss=sum(losses), rm_grad_norm=run.optimizers["prm"].step(run.lr_scale(batch.step)))
-
-def policy_step(run, batch, advantages, keep, valid):
-    """save.policy_step, whose advantages are numbers of a response, with an advantage for each token: (N,T).
-
-    Its "advantages" are row numbers here; the loss looks up the tokens' advantages under them.
-    """
-    def row_numbers(rewards, keep):
-        return torch.arange(keep.numel(), device=keep.device).view(keep.shape)
-
-    def token_loss(log_probs, old, ref, rows, mask, **options):
-        return policy_loss(log_probs, old, ref, advantages[rows, :log_probs.shape[1]], mask, **options)
-
-    with mock.patch.multiple(save, ADVANTAGES={"grpo": row_numbers}, policy_loss=token_loss):
-        save.policy_step(run, batch, keep, valid)
+        loss, = save.accumulate(run.prm, save.micro_batches(kept, batch.sequences, cfg.micro_tokens), micro_loss)
+        run.log.put(rm_loss=loss, rm_grad_norm=run.optimizers["prm"].step(run.lr_scale))
 
 def learn(run, batch):
-    """One step on the responses of `batch`, in the order of the table above."""
+    """Label, drop prompts by accuracy, score the tokens, train the PRM, train the policy on the scores from before."""
     cfg = run.cfg
     save.score_batch(run, batch)
     labels = outcome_labels(batch.rewards, cfg.prime_labels)
     valid = accuracy_filter(labels)
-    positive, negative = (side & valid[:, None] for side in (labels >= 0.5, labels < 0.5))
-    save.record_scores(run, batch, positive, negative, valid)
-    save.record_samples(run, batch, positive, negative)
+    keep = valid[:, None].expand_as(labels)
+    save.record(run, batch, keep & (labels >= 0.5), keep & (labels < 0.5), valid)
     if valid.any():
-        keep = positive | negative
         with run.log.time("log_probs"):
             log_probs, reference, mask = token_log_probs(run, batch.sequences)
         rewards, mask = (x.view(*keep.shape, -1) for x in (cfg.prime_beta * (log_probs - reference), mask))
         run.log.put(implicit_reward=rewards.sum(2).mean(), implicit_spread=rewards.sum(2).std(1).mean())
         advantages = prime_advantages(rewards, mask, labels).flatten(0, 1)
         prm_step(run, batch, reference, labels, keep)
-        policy_step(run, batch, advantages, keep & batch.usable if cfg.mask_truncated else keep, valid)
+        with mock.patch.object(save, "policy_advantages", lambda *_: advantages):  # a number for each token
+            save.policy_step(run, batch, keep)
     run.log.put(health=save.health(run))
 
 # ---- the run --------------------------------------------------------------------------------------------------------
-def read_policy_pairs(cfg, source, flag, rm_tokenizer):
+def read_pairs(cfg, source, flag, rm_tokenizer):
     """The pairs in the policy's own template and tokens."""
-    return read_pairs(cfg, source, flag, save.load_tokenizer(cfg.policy, "policy"))
+    return plain.read_pairs(cfg, source, flag, save.load(cfg.policy, "policy", AutoTokenizer))
 
 def heldout_accuracy(run, heldout):
     """Share of pairs with r_phi(chosen) > r_phi(rejected), in percent; a tie is wrong: 0 at the start, where phi = ref.
@@ -164,28 +142,27 @@ def heldout_accuracy(run, heldout):
         run.log.put(**{f"accuracy_{name}": accuracy})
         save.say(f"  accuracy of the PRM on {name}: {accuracy:.2f} % of {len(pairs)} pairs")
 
-def prime_stage(run, prompts, heldout):
-    """save.save_stage with a PRM. Its optimizer is one of the run's: checkpoints hold it, --resume takes it back."""
+def each_step(run, *inputs):
+    """Around the steps: load and save the PRM. Its optimizer is one of the run's: checkpoints hold it."""
     run.prm = save.Policy.from_pretrained(run.cfg.policy)
-    clipped_at_10 = dataclasses.replace(run.cfg, max_grad_norm=10.0)  # PRIME's for the PRM
-    run.optimizers["prm"] = save.ShardedAdamW(run.prm.model, run.cfg.lr_prm, clipped_at_10, keep_initial=True)
+    optimizer = run.optimizers["prm"] = save.ShardedAdamW(run.prm.model, run.cfg.lr_prm, run.cfg, keep_initial=True)
+    optimizer.max_norm = 10.0  # PRIME's for the PRM
     save.to_working_copy(run.prm, run.cfg)
-    save_stage(run, prompts, heldout)
-    for name, master in run.optimizers["prm"].full_state().items():  # bf16 would lose steps as small as 1e-6
-        run.prm.model.get_parameter(name).data = master
+    yield from plain.each_step(run, *inputs)
+    run.prm.model.float()  # bf16 would lose steps as small as 1e-6
+    optimizer.publish(optimizer.masters)
     with save.replaced_folder(Path(run.cfg.out, "rm")) as folder:
-        run.prm.model.save_pretrained(folder)
-        run.prm.tokenizer.save_pretrained(folder)
+        save.write_model(folder, run.prm.model, run.prm.tokenizer)
     save.say(f"implicit reward model: {Path(run.cfg.out, 'rm')}")
 
 def main(argv=None):
     """save.main with these names of its module replaced until it returns; everything else is save.py's."""
     with mock.patch.multiple(save,
-                             read_pairs=read_policy_pairs,         # --heldout in the policy's tokens, not in the RM's
-                             heldout_accuracy=heldout_accuracy,    # by implicit rewards
-                             save_stage=prime_stage,               # around the steps: load, resume and save the PRM
-                             learn=learn):                         # a step, after its responses were sampled
-        save.main(argv, PrimeConfig)
+                             read_pairs=read_pairs,               # --heldout in the policy's tokens, not in the RM's
+                             heldout_accuracy=heldout_accuracy,   # by implicit rewards
+                             each_step=each_step,                 # around the steps: load, resume and save the PRM
+                             learn=learn):                        # a step, after its responses were sampled
+        save.main(argv, Config)
 
 if __name__ == "__main__":
     main()
