@@ -1,0 +1,266 @@
+"""tests/forks/: their equations against hand values, loops and plain graphs, and what they change in a whole run.
+
+R2M and PRIME have files of their own.
+"""
+import copy
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_maths import bits, f64, learn, near, numeric_gradient
+from test_models import gradients, plain_log_probs, same
+from test_runs import RM, argv, distance, metrics, rows_of, samples
+from test_training import NEGATIVE, POSITIVE, USABLE, make_run, noisy_steps
+
+import save
+import toy
+
+FOLDER = Path(__file__).resolve().parent / "forks"
+sys.path.insert(0, str(FOLDER))
+import balanced  # noqa: E402
+import ensemble  # noqa: E402
+import hl_bt  # noqa: E402
+import offline  # noqa: E402
+import prime  # noqa: E402
+import r2m  # noqa: E402
+import reinforce_pp  # noqa: E402
+import verifier  # noqa: E402
+
+FORKS = [balanced, ensemble, hl_bt, offline, prime, r2m, reinforce_pp, verifier]
+
+# ---------------------------------------------------------------- all of them
+@pytest.mark.parametrize("fork", FORKS, ids=lambda fork: fork.__name__)
+def test_a_fork_has_the_flags_of_save_and_puts_back_what_it_replaced(fork, capsys):
+    before = dict(vars(save))
+    for words, code in ((["--help"], 0), (["--nonsense", "1"], 2)):
+        with pytest.raises(SystemExit) as stop:
+            fork.main(words)
+        assert stop.value.code == code and dict(vars(save)) == before
+    shown = capsys.readouterr()
+    assert "--lr_policy" in shown.out and len(shown.err.splitlines()) == 1 and "--nonsense" in shown.err
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.py")), ids=lambda file: file.stem)
+def test_a_fork_is_short(file):
+    limit = {"r2m": 200, "prime": 200, "verifier": 40}.get(file.stem, 60)
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= limit
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ensemble", "offline", "r2m", "reinforce_pp"])
+def test_two_ranks_are_one_process(world, tmp_path, name):
+    rm, own = tmp_path / "value/rm", {"r2m": {"r2m_width": 8, "lr_rm": 1e-4}}.get(name, {})
+    save.main(argv(world, tmp_path / "value", stage="value"))
+    own |= {"label_rms": [rm]} if name == "ensemble" else {}
+    for ranks in (1, 2):
+        words = argv(world, tmp_path / str(ranks), rm=rm, pairs=world / "pairs.jsonl", **own)
+        launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split() if ranks > 1 else []
+        done = subprocess.run([sys.executable, *launch, FOLDER / f"{name}.py", *words], capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": ""})
+        assert done.returncode == 0, done.stderr[-3000:]
+    for file in (RM, "policy/model.safetensors"):
+        assert distance(tmp_path / "1", tmp_path / "2", file) < 3e-8 < distance(tmp_path / "1", world, file)
+
+# ---------------------------------------------------------------- HL-BT
+def test_highest_lowest_loss_by_hand_ties_give_nothing():
+    r = f64([[0.0, math.log(3), 1.0], [4.0, 4.0, 4.0], [5.0, 5.0 + math.log(4), 5.5]])
+    loss, slope = learn(hl_bt.highest_lowest_loss, r)
+    near(loss, (math.log(4 / 3) + math.log(5 / 4)) / 2)
+    near(slope, [[1 / 8, -1 / 8, 0], [0, 0, 0], [1 / 10, -1 / 10, 0]])
+    r = f64([[9e9, 0, math.log(3), 1], [1, 2, 3, 4], [1, 2, 3, 4], [6, 6, 7, 5], [0, 1, math.log(9), -9e9]])
+    loss, slope = learn(hl_bt.highest_lowest_loss, r, bits("0111", "0000", "1000", "1100", "1110"))
+    near(loss, (math.log(4 / 3) + math.log(10 / 9)) / 2)  # only the first and the last prompt have a gap
+    near(slope, [[0, 1 / 8, -1 / 8, 0], [0] * 4, [0] * 4, [0] * 4, [1 / 20, 0, -1 / 20, 0]])
+
+def test_hl_bt_trains_on_all_usable_groups_and_filters_nothing(tmp_path):
+    run, _, batch = make_run(tmp_path, rm_update="hl_bt", micro_tokens=60)
+    batch.usable = USABLE
+    rewards = run.rm(*save.model_inputs(batch.chats, "cpu"))[0].view(4, 4)
+    groups = [rewards[p][USABLE[p]] for p in range(4) if USABLE[p].any()]
+    want = gradients(run.rm.model, sum((1 + (x.min() - x.max()).exp()).log() for x in groups) / len(groups))
+    positive, negative, valid = save.filtered(run, batch)
+    assert positive.all() and valid.all() and not negative.any()
+    assert save.reward_model_step(run, batch, positive, negative)
+    same(run.optimizers["rm"].seen[0][1], want, 1e-5)
+
+# ---------------------------------------------------------------- the balanced loss
+def test_balanced_loss_by_hand():
+    """One valid prompt, V = 1: Y+ = {2, 4}, Y- = {0}; the dropped response and the one-sided prompt do not count."""
+    rewards, values = f64([[2.0, 4.0, 0.0, 9.0], [3.0, 5.0, 2.0, 2.5]]), f64([1.0, 1.0])
+    positive, negative = bits("1100", "1111"), bits("0010", "0000")
+    want = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-3))) / 2 + math.log(1 + math.exp(-1))
+    loss, by_reward, by_value = learn(lambda r, v: balanced.balanced_loss(r, v, positive, negative), rewards, values)
+    near(loss, want)
+    sigmoid = [1 / (1 + math.exp(-x)) for x in (-1, -3)]
+    near(by_reward, [[-sigmoid[0] / 2, -sigmoid[1] / 2, sigmoid[0], 0], [0, 0, 0, 0]])
+    near(by_value, [0, 0])
+
+@pytest.mark.parametrize("seed", range(3))
+def test_balanced_loss_and_gradient_are_the_loop(seed):
+    rng = random.Random(seed)
+    rewards = [[rng.gauss(0, 3) for _ in range(5)] for _ in range(6)]
+    values = [rng.gauss(0, 2) for _ in range(6)]
+    positive, negative, valid = save.partition(f64(rewards) - f64(values)[:, None], 0.6)
+    terms = [statistics.mean(math.log1p(math.exp(v - r)) for r, keep in zip(row, up) if keep)
+             + statistics.mean(math.log1p(math.exp(r - v)) for r, keep in zip(row, down) if keep)
+             for row, v, up, down, ok in zip(rewards, values, positive, negative, valid) if ok]
+
+    def f(r):
+        return balanced.balanced_loss(r, f64(values), positive, negative)
+    loss, gradient = learn(f, f64(rewards))
+    near(loss, statistics.mean(terms))
+    near(gradient, numeric_gradient(f, f64(rewards)), 1e-5)
+
+def test_balanced_does_not_pull_the_best_answers_together_as_the_published_loss_does():
+    """Two positives far apart: Eq. 18 pushes the better one down, the balanced loss pushes both up."""
+    rewards, values, positive, negative = f64([[8.0, 2.0, -3.0]]), f64([0.0]), bits("110"), bits("001")
+    published, ours = (learn(lambda r: loss(r, values, positive, negative), rewards)[1]
+                       for loss in (save.contrastive_loss, balanced.balanced_loss))
+    assert published[0, 0] > 0 > published[0, 1] and (ours[0, :2] < 0).all() and ours[0, 2] > 0
+
+# ---------------------------------------------------------------- REINFORCE++
+@pytest.mark.parametrize("seed", range(3))
+def test_reinforce_advantages_are_the_definition(seed):
+    """Per token r - sum of the later and own KL, then the z-score over all tokens, population variance."""
+    rng = random.Random(seed)
+    lengths = [rng.randint(0, 5) for _ in range(4)] + [3]
+    rewards, kl = [rng.gauss(3, 2) for _ in lengths], [[rng.gauss(0, 1) for _ in range(6)] for _ in lengths]
+    returns = [[r - sum(row[t:n]) for t in range(n)] for r, row, n in zip(rewards, kl, lengths)]
+    tokens = [x for row in returns for x in row]
+    mean, spread = statistics.mean(tokens), statistics.pstdev(tokens)
+    want = [[(x - mean) / spread for x in row] + [0.0] * (6 - len(row)) for row in returns]
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    garbage = torch.where(mask, f64(kl), math.nan)
+    near(reinforce_pp.reinforce_advantages(f64(rewards), garbage, mask), want)
+    # two ranks with half of the rows each, whose sums are added, whiten like one
+    sums = [[mask[h].sum().item(), *(sum(x ** n for row in returns[h] for x in row) for n in (1, 2))]
+            for h in (slice(0, 2), slice(2, None))]
+    for half, other in ((slice(0, 2), sums[1]), (slice(2, None), sums[0])):
+        got = reinforce_pp.reinforce_advantages(f64(rewards)[half], f64(kl)[half], mask[half],
+                                                total=lambda *own: [a + b for a, b in zip(own, other)])
+        near(got, want[half])
+
+def test_reinforce_advantages_without_spread_or_rows_are_zero():
+    mask, zeros = torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3)
+    near(reinforce_pp.reinforce_advantages(f64([2.0, 2.0]), f64(zeros), mask), zeros)
+    near(reinforce_pp.reinforce_advantages(f64([2.0, 1.0]), f64(zeros), ~mask), zeros)
+
+@pytest.mark.parametrize("kl_coef", [0.3, 0.0])
+def test_the_policy_step_has_the_gradient_of_reinforce_pp(tmp_path, monkeypatch, kl_coef):
+    """Row by row from the whole logits of plain transformers, two minibatches so that ratios leave 1."""
+    run, _, batch = make_run(tmp_path, algo="reinforce++", num_minibatches=2, kl_coef=kl_coef)
+    monkeypatch.setattr(save, "policy_advantages", reinforce_pp.policy_advantages)
+    cfg, optimizer, initial = run.cfg, run.optimizers["policy"], copy.deepcopy(run.policy.model)
+    noisy_steps(run.policy.model, optimizer, range(3))  # away from the reference
+    before, returns = copy.deepcopy(run.policy.model), {}
+    kept = [(p, g) for p, g in (POSITIVE | NEGATIVE).nonzero().tolist() if p < 3]  # prompt 3 has a single survivor
+
+    def log_probs(model, p, g):
+        return plain_log_probs(model, *batch.sequences[4 * p + g], cfg.temperature)
+    for p, g in kept:
+        kl = kl_coef * (log_probs(before, p, g) - log_probs(initial, p, g)).detach()
+        returns[p, g] = [batch.rewards[p, g].item() - kl[t:].sum().item() for t in range(len(kl))]
+    tokens = [x for row in returns.values() for x in row]
+    mean, spread = statistics.mean(tokens), statistics.pstdev(tokens)
+    save.policy_step(run, batch, POSITIVE | NEGATIVE)
+    assert len(optimizer.seen) == 5
+    for part, (at, got) in zip(((0, 1), (2,)), optimizer.seen[3:]):
+        model, losses = copy.deepcopy(before), []
+        model.load_state_dict(at, strict=False)
+        for p, g in [key for key in kept if key[0] in part]:
+            ratio = (log_probs(model, p, g) - log_probs(before, p, g).detach()).exp()
+            a = (torch.tensor(returns[p, g]) - mean) / spread
+            losses.append(-torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).mean())
+        same(got, gradients(model, sum(losses) / len(losses)), 5e-5)
+
+# ---------------------------------------------------------------- labels: an ensemble, a verifier
+def test_labels_are_the_mean_advantage_of_the_frozen_ensemble(tmp_path, monkeypatch):
+    run, _, batch = make_run(tmp_path)
+    monkeypatch.setattr(save, "label", ensemble.label)
+    run.labels = [copy.deepcopy(run.rm) for _ in range(2)]
+    for seed, rm in enumerate(run.labels):
+        numbers = torch.Generator().manual_seed(seed)
+        for p in rm.parameters():
+            p.data += 0.05 * torch.randn(p.shape, generator=numbers)
+    members = []
+    for rm in run.labels:
+        rewards, values = rm(*save.model_inputs(batch.chats, "cpu"))
+        members.append((rewards - values).view(4, 4).detach())
+    want, mu = (members[0] + members[1]) / 2, save.curriculum_threshold(1, 4, 0.5)
+    got = save.filtered(run, batch, USABLE)
+    assert (members[0] - members[1]).abs().max() > 0.01
+    same(save.label(run, batch), want, 1e-5)
+    assert all(map(torch.equal, got, save.partition(want, mu, USABLE)))
+    own = save.rm_advantages(batch.rewards, run.rm.value(batch.features))
+    assert not all(map(torch.equal, got, save.partition(own, mu, USABLE)))
+
+def test_an_ensemble_of_one_is_the_reward_model_as_it_was_and_needs_value_heads(world, tmp_path, capsys):
+    rm = tmp_path / "value/rm"
+    save.main(argv(world, tmp_path / "value", stage="value"))
+    for fork, out, flags in ((ensemble, "out", {"label_rms": [rm]}), (balanced, "plain", {})):
+        fork.main(argv(world, tmp_path / out, rm=rm, steps=1, **flags))
+    # twice the RM as it starts: the first partition is its own
+    ours, theirs = ([[row["side"] for row in rows] for rows in samples(tmp_path / out)[1]] for out in ("out", "plain"))
+    assert ours == theirs and "+" in str(ours)
+    for flags in ({"rm": rm, "label_rms": [world / "rm"]}, {"label_rms": [rm]}):
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="2"):
+            ensemble.main(argv(world, tmp_path / "no", **flags))
+        line, = capsys.readouterr().err.splitlines()
+        assert f"--label_rms {world / 'rm'}: it holds no value_head.safetensors" in line
+        assert not (tmp_path / "no").exists()
+
+def test_the_verifier_decides_what_is_good(world, tmp_path):
+    asked = [([{"role": "user", "content": text}], []) for text in ("reverse a b c", "shift i j")]
+    texts = ["c b a", "a b c", "c b a indeed", "j a", "", "j a a"]
+    batch = SimpleNamespace(prompts=asked, texts=texts, rewards=torch.zeros(2, 3))
+    labels = verifier.label(SimpleNamespace(cfg=save.Config(group=3)), batch)
+    assert labels.tolist() == [[math.inf, -math.inf, math.inf], [math.inf, -math.inf, -math.inf]]
+    assert [side.tolist() for side in save.partition(labels, 1.0)] == [
+        [[True, False, True], [True, False, False]], [[False, True, False], [False, True, True]], [True, True]]
+    for prompt in toy.read_prompts(world / "prompts.jsonl"):
+        said = " ".join(toy.answer(prompt))
+        assert verifier.right(prompt, said) and not verifier.right(prompt, said + " a")
+    with pytest.raises(save.UsageError, match="expected a task of copy, reverse, sort, shift"):
+        verifier.right("sing a b", "a b")
+    # in a run: the tiny policy is never right, while a group has rewards on both sides of its mean
+    verifier.main(argv(world, tmp_path / "out", rm_update="mean_reward"))
+    for row in rows_of(tmp_path / "out/samples.jsonl"):
+        assert row["side"] == ("" if row["truncated"] else "-") and not toy.gold(row["prompt"][-1]["content"],
+                                                                                 row["response"])
+
+# ---------------------------------------------------------------- static pairs
+def test_offline_trains_the_reward_model_as_stage_preference_does(world, tmp_path):
+    flags = {"pairs": world / "pairs.jsonl", "lr_rm": 1e-3, "steps": 2}
+    offline.main(argv(world, tmp_path / "offline", heldout=[world / "heldout_id.jsonl"], **flags))
+    save.main(argv(world, tmp_path / "preference", stage="preference", **flags))
+    assert distance(tmp_path / "offline", tmp_path / "preference", RM) == 0 < distance(tmp_path / "offline", world, RM)
+    ours, theirs = metrics(tmp_path / "offline"), metrics(tmp_path / "preference")
+    for step in (1, 2):
+        assert ours["save", step]["kept"] == ours["save", step]["usable"]
+        for name in ("rm_loss", "rm_accuracy", "rm_grad_norm"):
+            assert ours["save", step][name] == theirs["preference", step][name]
+
+def test_pairs_whose_prompt_is_dropped_are_dropped_too(world, tmp_path):
+    """F.1: matched to the same instruction set. Two of three prompts have a response beyond --max_new_tokens."""
+    pairs = [{**row, "rejected": "a " * 30} if i % 3 else row for i, row in enumerate(rows_of(world / "pairs.jsonl"))]
+    files = {"all": pairs, "kept": pairs[::3]}
+    for name, rows in files.items():
+        # rejected is shortened: the limit of a pair is another one, and the chat form is the same prompt
+        rows = [{"prompt": [{"role": "user", "content": row["prompt"]}], "chosen": row["chosen"], "rejected": "a"}
+                for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    for name in files:
+        offline.main(argv(world, tmp_path / name, prompts=tmp_path / "prompts.jsonl", steps=1, lr_rm=1e-3,
+                          pairs=tmp_path / f"{name}.jsonl"))
+    assert distance(tmp_path / "all", tmp_path / "kept", RM) == 0 < distance(tmp_path / "all", world, RM)
+    save.main(argv(world, tmp_path / "undropped", stage="preference", steps=1, lr_rm=1e-3,
+                   pairs=tmp_path / "all.jsonl"))
+    assert distance(tmp_path / "all", tmp_path / "undropped", RM) > 1e-6
