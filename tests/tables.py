@@ -1,4 +1,4 @@
-"""The paper's tables on the laptop world: every row one run of save.py, over fresh seeds, resumable, in parallel.
+"""The paper's tables on the laptop world: every row one run of save.py or a fork of it, over fresh seeds, resumable, in parallel.
 
     python tests/tables.py table1 --out runs/tables                  # methods and ablations, three worlds
     python tests/tables.py table2 --out runs/tables                  # RL algorithms
@@ -30,34 +30,39 @@ import transformers
 from figures import read_results
 from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).resolve().parent / "rivals")]
+sys.path[:0] = [str(Path(__file__).resolve().parent / "forks")]
+import balanced  # noqa: E402
+import ensemble  # noqa: E402
+import hl_bt  # noqa: E402
+import offline  # noqa: E402
 import prime  # noqa: E402
 import r2m  # noqa: E402
+import reinforce_pp  # noqa: E402
 
 import save  # noqa: E402
 
 SEEDS = [10, 11, 12, 13, 14, 15]
 FROZEN = {"GRPO, frozen RM": ["--rm_update", "none"]}  # the first row of each table: its RM is the initial one
+OTHERS = ["--lr_rm", "3e-5", "--label_rms", "{others}"]
 ROWS = {  # {save}: the reward model that the row SAVE made; {others}: the two more that the world has on the same pairs
     "table1": {
-        **FROZEN, "continual offline": ["--rm_update", "offline"], "HL-BT": ["--rm_update", "hl_bt"],
-        "Mean Reward": ["--rm_update", "mean_reward"], "SAVE": [], "SAVE w/o curriculum": ["--no_curriculum"],
-        "SAVE w/o policy optimisation": ["--freeze_policy"],
+        **FROZEN, "continual offline": ["tests/forks/offline.py"], "HL-BT": ["tests/forks/hl_bt.py"],
+        "Mean Reward": ["--rm_update", "mean_reward"], "SAVE": [], "SAVE w/o curriculum": ["--m0", "0"],
+        "SAVE w/o policy optimisation": ["--lr_policy", "0"],
         "GRPO, frozen RM of SAVE": ["--rm_update", "none", "--rm", "{save}"],
-        "balanced loss": ["--rm_update", "balanced"],
-        "balanced, ensemble labels": ["--rm_update", "balanced", "--lr_rm", "3e-5", "--label_rms", "{others}"],
-        "the same, policy frozen":
-            ["--rm_update", "balanced", "--lr_rm", "3e-5", "--freeze_policy", "--label_rms", "{others}"],
+        "balanced loss": ["tests/forks/balanced.py"],
+        "balanced, ensemble labels": ["tests/forks/ensemble.py", *OTHERS],
+        "the same, policy frozen": ["tests/forks/ensemble.py", *OTHERS, "--lr_policy", "0"],
         "the ensemble itself": ["ensemble", "{others}"],
     },
     "table2": {
         **FROZEN, "SAVE with GRPO": [], "SAVE with RLOO": ["--algo", "rloo"],
         "SAVE with GSPO": ["--algo", "gspo", "--num_minibatches", "4"],
-        "SAVE with REINFORCE++": ["--algo", "reinforce++"],
+        "SAVE with REINFORCE++": ["tests/forks/reinforce_pp.py"],
     },
-    "table3": {  # the policy; PRIME and R2M are forks of save.py
-        **FROZEN, "REINFORCE++, frozen RM": ["--rm_update", "none", "--algo", "reinforce++"],
-        "PRIME": ["tests/rivals/prime.py", "--lr_prm", "1e-5"], "R2M": ["tests/rivals/r2m.py"], "SAVE": [],
+    "table3": {  # the policy
+        **FROZEN, "REINFORCE++, frozen RM": ["tests/forks/reinforce_pp.py", "--rm_update", "none"],
+        "PRIME": ["tests/forks/prime.py", "--lr_prm", "1e-5"], "R2M": ["tests/forks/r2m.py"], "SAVE": [],
         "GRPO, frozen RM of SAVE": ["--rm_update", "none", "--rm", "{save}"],
     },
     "sweeps": {
@@ -69,8 +74,8 @@ ROWS = {  # {save}: the reward model that the row SAVE made; {others}: the two m
     },
 }
 DIAGNOSTICS = ("reward_spread", "value_bias", "kept", "valid")  # of metrics.jsonl, kept for the figures
-MAINS = {"save.py": save.main, "tests/toy.py": toy.main, "tests/rivals/r2m.py": r2m.main,
-         "tests/rivals/prime.py": prime.main}
+MAINS = {"save.py": save.main, "tests/toy.py": toy.main, **{f"tests/forks/{fork.__name__}.py": fork.main for fork in (
+    balanced, ensemble, hl_bt, offline, prime, r2m, reinforce_pp)}}
 BLOCK = 10  # steps that a point of a diagnostic is the mean of
 
 
@@ -109,7 +114,7 @@ def run_row(data, flags, args, seed):
     rm, heldout = anchored(data, data / "rm", data / "value", args, seed), sorted(data.glob("heldout_*.jsonl"))
     others = [data / f"rm_{k}" for k in (1, 2)]
     if flags[0:1] == ["ensemble"]:
-        result = ensemble([data / "rm", *others], heldout)
+        result = mean_of([data / "rm", *others], heldout)
     else:
         if "{others}" in flags:
             others = [anchored(data, path, data / path.name.replace("rm", "value"), args, seed) for path in others]
@@ -160,7 +165,7 @@ def blocks(points):
             for i in range(max(by_block, default=-1) + 1)]
 
 
-def ensemble(paths, heldout):
+def mean_of(paths, heldout):
     """The mean reward of several reward models as a reward model."""
     models = [save.RewardModel.from_pretrained(str(path)) for path in paths]
     accuracy = []

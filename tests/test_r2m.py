@@ -1,4 +1,4 @@
-"""tests/rivals/r2m.py: its head against a loop over tokens, its two losses against numbers worked by hand, what its
+"""tests/forks/r2m.py: its head against a loop over tokens, its two losses against numbers worked by hand, what its
 step trains and when, and whole runs. Tiny random models; states of the policy and of the RM differ in width."""
 import copy
 import dataclasses
@@ -18,7 +18,7 @@ from test_training import Recording, changed, make_run
 import save
 import toy
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "rivals"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "forks"))
 import r2m  # noqa: E402
 
 CFG = r2m.Config(device="cpu", r2m_width=12, steps=4)
@@ -151,12 +151,11 @@ def test_the_pair_is_that_of_the_rewards_given_and_ties_give_nothing():
 # ---------------------------------------------------------------- a step
 @pytest.fixture
 def run_and_batch(tmp_path, monkeypatch):
-    """A run as r2m.save_stage leaves it to save.py, and the responses of step 1."""
+    """A run as r2m.each_step leaves it to save.py, and the responses of step 1."""
     run, prompts, _ = make_run(tmp_path, rm_update="none", lr_policy=0.1, micro_tokens=60)
     run.cfg = r2m.Config(**vars(run.cfg), r2m_width=12)
-    monkeypatch.setitem(save.RM_LOSSES, "none", None)
-    monkeypatch.setattr(r2m.plain, "save_stage", lambda *args: None)
-    r2m.save_stage(run, prompts, {})
+    monkeypatch.setattr(r2m.plain, "each_step", lambda run, *inputs: inputs)
+    assert list(r2m.each_step(run, 1, 2)) == [1, 2]
     for p in run.rm.matrices.values():
         p.data *= 4
     run.optimizers["rm"] = Recording(run.rm, run.cfg.lr_rm, run.cfg)
@@ -172,7 +171,7 @@ def test_the_step_has_the_gradient_of_the_plain_graph_and_trains_nothing_else(ru
     rewards = run.rm(*save.model_inputs(batch.chats, "cpu"))[0].view(4, 4)
     want = gradients(run.rm, 0.7 * r2m.pair_loss(rewards, *pair) + 0.3 * r2m.entropy_loss(rewards))
     before, policy_before = weights(run.rm), weights(run.policy)
-    assert save.reward_model_step(run, batch, *pair) is True
+    assert r2m.reward_model_step(run, batch, *pair) is True
     seen = run.optimizers["rm"].seen[0][1]
     assert seen.keys() == TRAINED and all(g.abs().max() > 1e-6 for g in seen.values())
     same(seen, {name: want[name] for name in TRAINED}, 1e-5)
@@ -182,14 +181,14 @@ def test_the_step_has_the_gradient_of_the_plain_graph_and_trains_nothing_else(ru
 
 def test_the_policy_learns_first_and_the_pair_is_of_the_rewards_it_saw(run_and_batch, monkeypatch):
     run, batch = run_and_batch
-    rm, seen, step = copy.copy(run.rm), {}, save.reward_model_step
+    rm, seen, step = copy.copy(run.rm), {}, r2m.reward_model_step
     rm.w = r2m.own_share(1, 4, 0.7)
     annotated = save.score(rm, batch.chats, 10**6)[0].view(4, 4)
 
-    def policy_step(run, batch, keep, valid, plain=save.policy_step):
+    def policy_step(run, batch, keep, plain=save.policy_step):
         same(batch.rewards, annotated, 1e-5)
         assert keep.all()
-        plain(run, batch, keep, valid)
+        plain(run, batch, keep)
         seen["rewards"] = save.score(rm, batch.chats, 10**6)[0].view(4, 4)
 
     def reward_model_step(run, batch, highest, lowest):
@@ -198,7 +197,7 @@ def test_the_policy_learns_first_and_the_pair_is_of_the_rewards_it_saw(run_and_b
         return step(run, batch, highest, lowest)
 
     monkeypatch.setattr(save, "policy_step", policy_step)
-    monkeypatch.setattr(save, "reward_model_step", reward_model_step)
+    monkeypatch.setattr(r2m, "reward_model_step", reward_model_step)
     r2m.learn(run, batch)
     same(torch.stack(seen["pair"]), torch.stack(r2m.highest_and_lowest(annotated)))
     assert not torch.equal(torch.stack(seen["pair"]), torch.stack(r2m.highest_and_lowest(seen["rewards"])))
@@ -223,9 +222,9 @@ def test_heldout_pairs_are_in_the_tokens_that_the_policy_would_have_sampled(worl
 # ---------------------------------------------------------------- whole runs
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_a_run_writes_both_models_and_the_matrices(world, tmp_path, dtype):
-    out, names = tmp_path / "out", ("learn", "sample", "save_stage", "read_pairs", "score")
+    out = tmp_path / "out"
     r2m.main(argv(world, out, lr_rm=1e-3, dtype=dtype, heldout=[world / "heldout_id.jsonl"]) + ["--r2m_width", "8"])
-    assert all(getattr(save, name) is getattr(r2m.plain, name) for name in names) and save.RM_LOSSES["none"] is None
+    assert save.RM_UPDATES["none"].loss is None
     config, records = rows_of(out / "metrics.jsonl")[0]["config"], metrics(out)
     assert (config["rm_update"], config["r2m_alpha"], config["r2m_width"]) == ("none", 0.3, 8)
     assert list(records) == [("save", 0), ("save", 1), ("save", 2)]
@@ -254,8 +253,7 @@ def test_a_run_writes_both_models_and_the_matrices(world, tmp_path, dtype):
 
 @pytest.mark.parametrize("words, said", [
     ("--rm_update save", "--rm_update save"), ("--stage value", "--stage value"), ("--r2m_omega 1.1", "--r2m_omega"),
-    ("--r2m_alpha -1", "--r2m_alpha"), ("--r2m_width 0", "--r2m_width"), ("--r2m_width x", "int"),
-    ("--r2m x", "--r2m")])
+    ("--r2m_alpha -1", "--r2m_alpha"), ("--r2m_width 0", "--r2m_width")])
 def test_what_it_refuses(world, tmp_path, capsys, monkeypatch, words, said):
     monkeypatch.setattr("test_runs.save", r2m)  # whose main `refusal` calls
     assert said in refusal(capsys, argv(world, tmp_path / "out") + words.split())

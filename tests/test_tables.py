@@ -5,6 +5,7 @@ import json
 import shutil
 import statistics
 import sys
+from pathlib import Path
 
 import figures
 import pytest
@@ -24,7 +25,7 @@ def quick(monkeypatch):
         calls.append([script, *words])
         if script != "tests/toy.py":
             return tables.MAINS[script](words)
-        out = tables.Path(words[words.index("--out") + 1])
+        out = Path(words[words.index("--out") + 1])
         if "--extra_rm" in words:
             return shutil.copytree(out / "rm", out / f"rm_{words[-1]}")
         toy.tiny_world(out, int(words[words.index("--seed") + 1]))
@@ -51,7 +52,8 @@ def run(monkeypatch, out, *words):
     monkeypatch.setattr(sys, "argv", ["tables.py", *map(str, words), "--out", str(out), "--jobs", "1", *SMALL])
     tables.main()
 
-@pytest.mark.parametrize("table", ["table1", "table2", "table3", pytest.param("sweeps", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("table", [name if name == "table2" else pytest.param(name, marks=pytest.mark.slow)
+                                   for name in tables.ROWS])
 def test_every_row_runs_once(tmp_path, monkeypatch, quick, table):
     monkeypatch.setattr(toy, "gold_reward", lambda policy, prompts: {"sampled": 0.5, "greedy": 0.25})
     run(monkeypatch, tmp_path, table, "--seeds", 10, 11, "--worlds", "noisy")
@@ -82,9 +84,9 @@ def test_rows_say_what_they_are(tmp_path, monkeypatch, quick):
     improved = next(call for call in quick if call[-3 - len(SMALL):-1 - len(SMALL)] == ["--rm_update", "none"]
                     or call.count("--rm") == 2)
     assert improved.count("--rm") == 2 and str(tmp_path / "annealed-10/rows/save/rm") in improved
-    assert {len(call[call.index("--label_rms") + 1:call.index("--steps", call.index("--label_rms"))])
-            for call in words.values() if "--label_rms" in call} == {2}
-    frozen = [name for name, call in words.items() if "--freeze_policy" in call]
+    assert [[Path(path).parts[-2:] for path in call[call.index("--label_rms") + 1:][:2]]
+            for call in words.values() if "--label_rms" in call] == [[("value_1", "rm"), ("value_2", "rm")]]
+    frozen = [name for name, call in words.items() if ("--lr_policy", "0") in zip(call, call[1:])]
     assert len(frozen) == 2
     data = tmp_path / "annealed-10"
     first = toy.gold_reward(data / "policy", toy.read_prompts(data / "prompts_test.jsonl"))
@@ -117,7 +119,7 @@ def test_diagnostics_are_means_of_blocks():
 
 def test_learning_rates_of_the_readme():
     """The gains in its table of learning rates, and that of SAVE in its text, are those of results.jsonl."""
-    root = tables.Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[1]
     readme = (root / "README.md").read_text(encoding="utf-8")
     rows = figures.read_results(root / "tests/results/results.jsonl")["sweeps"]["annealed"]["rows"]
     for name, rate in {"RM learning rate x 1/3": "3.3e-6: ", "SAVE": "1e-5: ", "RM learning rate x 3": "3e-5: ",
@@ -129,7 +131,7 @@ def test_learning_rates_of_the_readme():
 
 def test_the_committed_results_and_their_page_say_the_same():
     """Every table of tests/results/README.md is the one of results.jsonl, and the gains are worked out here again."""
-    folder = tables.Path(__file__).resolve().parent / "results"
+    folder = Path(__file__).resolve().parent / "results"
     page = (folder / "README.md").read_text(encoding="utf-8")
     for worlds in figures.read_results(folder / "results.jsonl").values():
         for world, result in worlds.items():

@@ -162,17 +162,23 @@ def model_inputs(sequences, device):
     said = [(said, len(said)) for _, (_, said) in sequences]
     return *plain.model_inputs(rows, device), *plain.model_inputs(said, device)[:2]
 
+def reward_model_step(run, batch, highest, lowest):
+    """One step on the matrices and phi. highest, lowest (P,G): the pairs of L_BT."""
+    def loss(rewards, values, highest, lowest, usable):
+        alpha = run.cfg.r2m_alpha
+        return (1 - alpha) * pair_loss(rewards, highest, lowest) + alpha * entropy_loss(rewards)
+
+    with mock.patch.dict(save.RM_UPDATES, none=save.RMUpdate(loss, "")):
+        return save.reward_model_step(run, batch, highest, lowest)
+
 def learn(run, batch):
     """One step of plain GRPO on R(x, y, h), then one step of the reward model on the same responses."""
-    alpha, run.rm.w = run.cfg.r2m_alpha, own_share(batch.step, run.cfg.steps, run.cfg.r2m_omega)
+    run.rm.w = own_share(batch.step, run.cfg.steps, run.cfg.r2m_omega)
     plain.learn(run, batch)
     pair, before = highest_and_lowest(batch.rewards), batch.rewards
     save.score_batch(run, batch)  # h is the new policy's
     run.log.put(own_share=run.rm.w, state_shift=(batch.rewards - before).abs().mean())
-    row = save.RMUpdate(lambda rewards, values, highest, lowest, usable:
-                        (1 - alpha) * pair_loss(rewards, highest, lowest) + alpha * entropy_loss(rewards), "")
-    with mock.patch.dict(save.RM_UPDATES, none=row):
-        save.reward_model_step(run, batch, *pair)
+    reward_model_step(run, batch, *pair)
 
 def each_step(run, *inputs):
     """Both models are loaded by now: build R2M from them, and its optimizer, then go on as save.py does."""
