@@ -140,8 +140,8 @@ def memory_variant(args):
     else:
         leaf = rewards.clone().requires_grad_()
         weights = torch.autograd.grad(save.contrastive_loss(leaf, values, positive, negative), leaf)[0].flatten()
-        save.accumulate(rm, save.micro_batches(weights.nonzero()[:, 0].tolist(), chats, 256), lambda model, rows: (
-            model(*save.model_inputs([chats[row] for row in rows], "cpu"))[0] * weights[rows]).sum())
+        save.accumulate(rm, save.micro_batches(weights.nonzero()[:, 0].tolist(), chats, 256), lambda model, rows: ((
+            model(*save.model_inputs([chats[row] for row in rows], "cpu"))[0] * weights[rows]).sum(), ()))
     norm = torch.stack([p.grad.norm() for p in rm.parameters() if p.requires_grad]).norm().item()
     print(json.dumps({"mb": memory_mb("VmHWM") - base, "cpu": time.process_time() - cpu, "norm": norm}))
 
@@ -335,8 +335,8 @@ def bench_gains(args):
         return 1
 
     def updated(rows):
-        save.accumulate(rm, save.micro_batches(rows, chats, 1024), lambda model, rows: model(
-            *save.model_inputs([chats[row] for row in rows], "cpu"))[0].sum())
+        save.accumulate(rm, save.micro_batches(rows, chats, 1024), lambda model, rows: (model(
+            *save.model_inputs([chats[row] for row in rows], "cpu"))[0].sum(), ()))
         return 1
 
     def values():  # V from a pass over the prompts alone, one for each group of 16
@@ -413,24 +413,30 @@ PHASES = ("rollout", "score", "rm_update", "log_probs", "policy_update")
 
 
 def phases(args, *flags):
-    """Over the steps after the first: the median of each *_seconds, the largest *_gb; "score" is both passes."""
+    """Over the steps after the first: the median of each *_seconds, the largest *_gb; "score" is both passes.
+
+    "host_gb" is the peak resident memory of the largest process of the run.
+    """
     with tempfile.TemporaryDirectory() as out:
         words = ["--policy", args.policy, "--rm", args.rm, "--prompts", args.prompts, "--out", out, "--steps",
-                 str(args.repeats + 1), "--save_every", "0", "--show_every", "0", *args.flags, *flags]
+                 str(args.repeats + 1), "--save_every", "0", *args.flags, *flags]
         ranks = args.ranks
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] \
             if ranks > 1 else [sys.executable]
-        done = subprocess.run([*start, save.__file__, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                              text=True)
-        if done.returncode:
-            sys.exit(done.stderr[-2000:])
+        with tempfile.TemporaryFile("w+") as errors:
+            process = subprocess.Popen([*start, save.__file__, *words], stdout=subprocess.DEVNULL, stderr=errors)
+            _, process.returncode, usage = os.wait4(process.pid, 0)
+            errors.seek(0)
+            if process.returncode:
+                sys.exit(errors.read()[-2000:])
         lines = [json.loads(line) for line in pathlib.Path(out, "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line.get("stage") == "save" and line["step"] > 1]
     result = {name: statistics.median(step[name] for step in steps if name in step) for name in steps[0]
               if name.endswith("_seconds")}
     result |= {name: max(step[name] for step in steps if name in step) for name in steps[0] if name.endswith("_gb")}
     seconds = [step["step_seconds"] for step in steps]
-    return result | {"tokens": statistics.mean(step["response_tokens"] for step in steps),
+    return result | {"host_gb": usage.ru_maxrss * 1024 / 1e9,  # Linux counts in units of 1024 bytes
+                     "tokens": statistics.mean(step["response_tokens"] for step in steps),
                      "usable": statistics.mean(step["usable"] for step in steps),
                      "spread": f"{min(seconds):.3f} to {max(seconds):.3f}"}
 
@@ -439,12 +445,13 @@ def bench_phases(args):
     """One line a phase. Utilisation counts 2 FLOPs a parameter and token forward, 8 with backward and recomputation."""
     result = phases(args)
     cfg = save.parse_config(["--policy", args.policy, "--rm", args.rm, *args.flags])
-    rows = cfg.batch // (cfg.emulate_world or args.ranks) * cfg.group
+    rows = cfg.batch // args.ranks * cfg.group
     sizes = {name: sum(p.numel() for p in kind.from_pretrained(path).parameters()) for name, kind, path in
              (("policy", AutoModelForCausalLM, args.policy), ("rm", AutoModelForSequenceClassification, args.rm))}
-    prompt = statistics.mean(len(save.encode_chat(save.load_tokenizer(args.policy, "policy"), messages, True))
-                             for messages in ([{"role": "user", "content": json.loads(line)["prompt"]}]
-                                              for line in open(args.prompts, encoding="utf-8")))
+    tokenizer = AutoTokenizer.from_pretrained(args.policy)
+    asked = [json.loads(line)["prompt"] for line in open(args.prompts, encoding="utf-8")]
+    prompt = statistics.mean(len(save.encode_chat(tokenizer, [{"role": "user", "content": text}], True))
+                             for text in asked)
     tokens = rows * (prompt + result["tokens"])
     flops = {"score": 4 * sizes["rm"] * tokens, "rm_update": 8 * sizes["rm"] * tokens,
              "log_probs": 2 * sizes["policy"] * tokens, "policy_update": 8 * sizes["policy"] * tokens}
@@ -524,18 +531,6 @@ def one_by_one(pipe, rows):
     return [pipe.model(torch.tensor([pipe.tokenizer(text)["input_ids"]])).logits.item() for text in texts]
 
 
-def padding(lengths, batches):
-    """Padded tokens over real ones, for batches of row numbers."""
-    padded = sum(len(rows) * max(lengths[row] for row in rows) for rows in batches)
-    return padded / sum(lengths[row] for rows in batches for row in rows)
-
-
-def fixed_batches(count, size):
-    """Row numbers of the batches in rewardbench_scores, for `count` pairs."""
-    return [range(2 * start + side, 2 * min(start + size, count), 2)
-            for start in range(0, count, size) for side in (0, 1)]
-
-
 def bench_scoring(args):
     """Pairs scored per second by eval.py and by the rewardbench package, templates and tokenisation included."""
     cfg = evaluation.EvalConfig(rm=[args.rm], bench=[args.pairs], limit=args.count, device="cpu",
@@ -555,7 +550,7 @@ def bench_scoring(args):
 
     every = [evaluation.encode(rm.tokenizer, *text, 2048) for row in rows for text in evaluation.PAIRS.texts(row)]
     different = list(map(list, dict.fromkeys(map(tuple, every))))
-    print_texts(pipe, rows, every, different, cfg.micro_tokens)
+    print(f"{len(rows)} pairs, {len(every)} texts, {len(different)} of them different")
     ours(2), theirs(2)  # a short warm-up, as a repeat takes minutes
     rates = compare(ours, theirs, args.repeats, "rewardbench", warm_up=0)
     worst = max(abs(a - b) for a, b in zip(scores["ours"], scores["theirs"], strict=True))
@@ -573,25 +568,6 @@ def bench_scoring(args):
     worst = max(abs(a - b) for a, b in zip(scores["ours"], plain))
     print(f"largest difference of scores: {worst:.1e} to one text at a time ({len(plain)} texts, "
           f"{sum(map(len, every[:len(plain)])) / cpu:.4g} real tokens per CPU second, once)")
-
-
-def print_texts(pipe, rows, every, different, budget):
-    """What is scored: duplicates, padding on both sides, and the settings that decide which token is read."""
-    lengths, short = list(map(len, every)), sorted(map(len, different), reverse=True)
-    ours = save.micro_batches(range(len(short)), [(range(n), 1) for n in short], budget)
-    tokenizer = pipe.tokenizer
-    stock = [tokenizer(rendered(tokenizer, row, side), truncation=True, max_length=2048)["input_ids"]
-             for row in rows for side in ("chosen", "rejected")]
-    print(f"{len(rows)} pairs, {len(every)} texts, {1 - len(different) / len(every):.1%} of them duplicates "
-          f"({len(different)} different), {sum(lengths)} tokens ({sum(short)}), the longest {max(lengths)}")
-    print(f"padded over real tokens: ours {padding(short, ours):.3f}  rewardbench, batches of 8 "
-          f"{padding(lengths, fixed_batches(len(rows), 8)):.3f}, of 64 "
-          f"{padding(lengths, fixed_batches(len(rows), 64)):.3f}")
-    print(f"rewardbench: fp32, max_length 2048, padding {tokenizer.padding_side}, truncation "
-          f"{tokenizer.truncation_side}, pad id {tokenizer.pad_token_id} (model {pipe.model.config.pad_token_id}), "
-          f"texts end with {sorted({ids[-1] for ids in stock})}, double BOS in "
-          f"{sum(ids[:2] == [tokenizer.bos_token_id] * 2 for ids in stock)}, other tokens than ours in "
-          f"{sum(a != b for a, b in zip(stock, every))} texts")
 
 
 if __name__ == "__main__":

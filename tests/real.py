@@ -20,18 +20,18 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ("save", "hl_bt", "mean_reward")
+METHODS = {"save": ["save.py"], "hl_bt": ["tests/forks/hl_bt.py"],
+           "mean_reward": ["save.py", "--rm_update", "mean_reward"]}
 FULL = {
-    "tokens": 1024, "pairs": 10 ** 6, "suffix": "", "bench": ["judgebench", "rmbench"],
-    "preference": "--batch 32 --epochs 1 --lr_rm 2e-5 --lr_schedule linear --max_prompt_tokens 512",
-    "save": "--steps 100 --batch 8 --group 16 --max_new_tokens 256 --max_prompt_tokens 512 --lr_rm 1e-6 "
-            "--value_lr 2e-3 --value_epochs 10 --lr_value 1e-4"}
+    "tokens": 1024, "prompt": 512, "pairs": 10 ** 6, "suffix": "", "bench": ["judgebench", "rmbench"],
+    "preference": "--batch 32 --lr_rm 2e-5 --lr_schedule linear --max_prompt_tokens 512",
+    "save": "--steps 100 --batch 8 --group 16 --max_new_tokens 256 --lr_rm 1e-6 --value_lr 2e-3 "
+            "--value_epochs 10 --lr_value 1e-4"}
 QUICK = {  # pairs and prompts that two cores can afford; the suffix makes answers end within 64 tokens
-    "tokens": 190, "pairs": 320, "bench": [], "suffix": " Answer in one short sentence.",
-    "preference": "--batch 16 --epochs 1 --lr_rm 2e-5 --lr_schedule linear --micro_tokens 1024",
-    "save": "--steps 30 --batch 4 --group 4 --max_new_tokens 64 --max_prompt_tokens 72 --lr_rm 1e-5 --value_prompts 64 "
-            "--value_k 4 --value_batch 16 --value_lr 2e-3 --value_epochs 15 --lr_value 1e-3 --micro_tokens 1024 "
-            "--show_every 10"}
+    "tokens": 190, "prompt": 72, "pairs": 320, "bench": [], "suffix": " Answer in one short sentence.",
+    "preference": "--batch 16 --lr_rm 2e-5 --lr_schedule linear --micro_tokens 1024",
+    "save": "--steps 30 --batch 4 --group 4 --max_new_tokens 64 --lr_rm 1e-5 --value_prompts 64 "
+            "--value_k 4 --value_batch 16 --value_lr 2e-3 --value_epochs 15 --lr_value 1e-3 --micro_tokens 1024"}
 
 
 def call(script, *words):
@@ -53,6 +53,16 @@ def pairs(args, size, name, limit):
     return path
 
 
+def asked(args, size, train):
+    """The prompts of `train` that fit size["prompt"] tokens in the chat template, as out/prompts.jsonl."""
+    tokenizer, path = AutoTokenizer.from_pretrained(args.model), Path(args.out, "prompts.jsonl")
+    prompts = [json.loads(line)["prompt"] + size["suffix"] for line in train.read_text().splitlines()]
+    short = [prompt for prompt in prompts if len(tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True)["input_ids"]) <= size["prompt"]]
+    path.write_text("".join(json.dumps(prompt) + "\n" for prompt in short))
+    return path
+
+
 def main(argv=None):
     """Preference stage, value stage, the methods, eval.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,17 +79,15 @@ def main(argv=None):
     rm = args.rm or out / "preference" / "rm"
     if not Path(rm).is_dir():
         call("save.py", "--stage", "preference", "--rm", args.model, "--pairs", train, "--heldout", heldout, "--out",
-             out / "preference", "--bad_rows", "drop", *size["preference"].split())
-    prompts = out / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps(json.loads(line)["prompt"] + size["suffix"]) + "\n"
-                               for line in train.read_text().splitlines()))
-    common = ["--policy", args.model, "--prompts", prompts, "--bad_rows", "drop", "--save_every", "0",
+             out / "preference", *size["preference"].split())
+    prompts = asked(args, size, train)
+    common = ["--policy", args.model, "--prompts", prompts, "--max_prompt_tokens", size["prompt"], "--save_every", "0",
               *size["save"].split(), *flags]
     if not (out / "value" / "rm").is_dir():
         call("save.py", "--stage", "value", "--rm", rm, "--out", out / "value", *common)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda method: call("save.py", "--stage", "save", "--rm", out / "value" / "rm", "--rm_update",
-                                          method, "--out", out / method, *common),
+        list(pool.map(lambda method: call(*METHODS[method], "--stage", "save", "--rm", out / "value" / "rm", "--out",
+                                          out / method, *common),
                       [method for method in METHODS if not (out / method / "rm").is_dir()]))
     call("eval.py", "--rm", out / "value" / "rm", *(out / method / "rm" for method in METHODS), "--bench", heldout,
          *size["bench"], "--data", args.data, "--out", out / "eval")

@@ -4,6 +4,9 @@ import gzip
 import json
 import shutil
 
+import sys
+from pathlib import Path
+
 import bench
 import eval as evaluation
 import pytest
@@ -11,6 +14,9 @@ import real
 import torch
 
 import save
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "forks"))
+import hl_bt  # noqa: E402
 
 
 class InThisThread(contextlib.nullcontext):
@@ -24,12 +30,12 @@ class InThisThread(contextlib.nullcontext):
 
 @pytest.mark.parametrize("given_rm", [True, False])
 def test_real_trains_the_three_methods_from_one_reward_model_and_judges_all(world, tmp_path, monkeypatch, given_rm):
-    scripts = {"save.py": save.main, "eval.py": evaluation.main}
+    scripts = {"save.py": save.main, "eval.py": evaluation.main, "tests/forks/hl_bt.py": hl_bt.main}
     monkeypatch.setattr(real, "call", lambda script, *words: scripts[script]([str(word) for word in words]))
     monkeypatch.setattr(real.concurrent.futures, "ThreadPoolExecutor", InThisThread)
-    small = {"tokens": 64, "pairs": 16, "bench": [], "suffix": " x", "preference": "--batch 4 --device cpu",
-             "save": "--steps 1 --batch 4 --group 4 --max_new_tokens 4 --max_prompt_tokens 32 --value_prompts 4 "
-                     "--value_k 2 --show_every 0 --device cpu"}
+    small = {"tokens": 64, "prompt": 8, "pairs": 16, "bench": [], "suffix": " x",
+             "preference": "--batch 4 --device cpu",
+             "save": "--steps 1 --batch 4 --group 4 --max_new_tokens 4 --value_prompts 4 --value_k 2 --device cpu"}
     monkeypatch.setattr(real, "QUICK", small)
     pairs = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
     (tmp_path / "preferences").mkdir()
@@ -48,7 +54,9 @@ def test_real_trains_the_three_methods_from_one_reward_model_and_judges_all(worl
         config = json.loads((out / method / "metrics.jsonl").read_text().splitlines()[0])["config"]
         assert config["rm_update"] == method and config["rm"] == folders[0]
     prompts = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
-    assert len(prompts) == 16 and all(prompt.endswith(" x") for prompt in prompts)
+    short = [f"{row['prompt']} x" for row in map(json.loads, (out / "train.jsonl").read_text().splitlines())
+             if len(row["prompt"].split()) <= 5]  # two words of the template, one of the suffix: at most 8
+    assert prompts == short and 0 < len(prompts) < 16
     assert (out / "preference").exists() is not given_rm
     shutil.rmtree(out / "eval")
     monkeypatch.setitem(scripts, "save.py", lambda words: pytest.fail("a finished stage ran again"))
@@ -83,3 +91,15 @@ def test_both_forms_of_the_log_probs_benchmark_give_the_same_sum(world, capsys, 
                                                              direction=direction))
             sums.append(json.loads(capsys.readouterr().out)["sum"])
     assert sums == pytest.approx([sums[0]] * 4, rel=1e-5) and sums[0] < 0
+
+
+def test_both_forms_of_the_memory_benchmark_give_the_same_gradient(world, capsys, monkeypatch):
+    norms = []
+    monkeypatch.setattr(bench, "memory_mb", lambda what: 0.0)
+    monkeypatch.setattr(bench.pathlib.Path, "write_text", lambda *_: None)  # /proc/self/clear_refs
+    monkeypatch.setattr(bench.torch, "randint", lambda low, high, *rest, randint=torch.randint, **more:
+                        randint(*((5, 20) if high == 1000 else (low, high)), *rest, **more))
+    for variant in ("held", "ours"):
+        bench.memory_variant(bench.argparse.Namespace(rm=str(world / "rm"), layers=2, variant=variant))
+        norms.append(json.loads(capsys.readouterr().out)["norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 0
