@@ -1,4 +1,4 @@
-"""The paper's tables on the laptop world: every row one run of save.py or a fork of it, over fresh seeds, resumable, in parallel.
+"""The paper's tables on the laptop world: every row a run of save.py or a fork, over fresh seeds, in parallel.
 
     python tests/tables.py table1 --out runs/tables                  # methods and ablations, three worlds
     python tests/tables.py table2 --out runs/tables                  # RL algorithms

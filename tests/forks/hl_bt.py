@@ -2,7 +2,7 @@
 
     python tests/forks/hl_bt.py [flags of save.py]
 
-A fork that is one row: a loss of the rewards alone, without anchor, so nothing is filtered and the policy trains on all.
+A fork that is one row: a loss of the rewards alone and no anchor, so nothing is filtered and the policy trains on all.
 """
 import math
 import sys
