@@ -179,8 +179,8 @@ def chat_ids(tokenizer, prompt, response=None):
     """Token ids of a prompt up to where the response starts, or of a prompt and its response."""
     messages = [{"role": "user", "content": prompt}]
     if response is None:
-        return save.encode_chat(tokenizer, messages, generation_prompt=True)
-    return save.encode_chat(tokenizer, messages + [{"role": "assistant", "content": response}])
+        return save.encode_chats(tokenizer, [messages], generation_prompt=True)[0]
+    return save.encode_chats(tokenizer, [messages + [{"role": "assistant", "content": response}]])[0]
 
 
 def train_policy(path, steps, seed):
