@@ -640,8 +640,9 @@ def read_questions(cfg, name):
 def alpaca_eval(cfg, rows, answers):
     """AlpacaEval 2: model_outputs.json, and the official command that has it judged and scored."""
     file = Path(cfg.out, "alpaca_eval", "model_outputs.json").resolve()
-    file.write_text(json.dumps([{"dataset": row.get("dataset", ""), "instruction": row["prompt"],
-                                 "output": answers[key], "generator": cfg.name} for key, row in rows.items()], indent=1))
+    rows = [{"dataset": row.get("dataset", ""), "instruction": row["prompt"], "output": answers[key],
+             "generator": cfg.name} for key, row in rows.items()]
+    file.write_text(json.dumps(rows, indent=1))
     say("alpaca_eval: for the win rates, after pip install alpaca_eval and with OPENAI_API_KEY\n  alpaca_eval "
         f"--model_outputs '{file}' --annotators_config weighted_alpaca_eval_gpt4_turbo --output_path '{file.parent}'")
 
@@ -691,8 +692,6 @@ def main(argv=None):
         if RANK == 0 or isinstance(error, OSError):
             print(f"eval.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        save.stop_ranks()
 
 if __name__ == "__main__":
     main()

@@ -19,6 +19,7 @@ P prompts of a step on all ranks, G responses each (`group`), N = P*G rows, T to
 by importing it (tests/forks/): a loss is a row of RM_UPDATES, an advantage one of ALGORITHMS, `label` is for judges.
 """
 import argparse
+import atexit
 import contextlib
 import copy
 import dataclasses
@@ -113,9 +114,9 @@ class Config:
                    "max_prompt_tokens", "num_minibatches", "top_p")
         for name, value in vars(self).items():
             if type(value) in (int, float):
-                low, high = name in above_0, 1 if name in ("top_p", "m0") else sys.float_info.max
-                expect(0 <= value <= high and (value or not low),
-                       f"--{name} {value}: expected {'more than' if low else 'at least'} 0, at most {high}")
+                least = "more than 0" if name in above_0 else "0 or more"
+                expect(0 <= value < math.inf and (value or name not in above_0), f"--{name} {value}: expected {least}")
+        expect(self.m0 <= 1, f"--m0 {self.m0}: expected at most 1")
         ranks = WORLD * self.num_minibatches
         expect(self.batch % ranks == 0, f"--batch {self.batch}: expected a multiple of ranks x minibatches, {ranks}")
         expect(self.group > 1 or self.stage in ("preference", "value"), f"--group {self.group}: expected 2 or more")
@@ -254,8 +255,7 @@ def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, al
 
 # ---- 4. the two models ------------------------------------------------------
 class RewardModel(nn.Module):
-    """f_omega `model.base_model`, h_phi `model.score`, v_psi `value_head` on the same causal pass (section 4.1).
-    A stock sequence classifier with one label. Both heads are fp32: bf16 puts rewards on a coarse grid with ties."""
+    """f_omega `model.base_model`, h_phi `model.score`, v_psi `value_head`; fp32 heads: bf16 would make ties."""
 
     def __init__(self, model, tokenizer, value_head=None):
         super().__init__()
@@ -390,8 +390,7 @@ def to_working_copy(module, cfg):
 
 # ---- 5. rollout -------------------------------------------------------------
 def sample_tokens(logits, uniforms, temperature, top_p, top_k):
-    """One token per row, its cumulative distribution inverted at `uniforms`. (n,V), (n,) -> (n,). T = 0 is greedy.
-    Temperature, top-k, top-p over what is left, as in transformers. Top-k first: 20 numbers are sorted."""
+    """A token per row: temperature (0: greedy), top-k, top-p over what is left, at `uniforms`. (n,V), (n,) -> (n,)."""
     if temperature == 0:
         return logits.argmax(-1)
     vocabulary = logits.shape[-1]
@@ -476,8 +475,8 @@ class Batch:
     lengths: torch.Tensor           # (P,G) response tokens
     ended: torch.Tensor             # (P,G) bool: by EOS, not by --max_new_tokens
     usable: torch.Tensor            # (P,G) bool: ended, and short enough for the reward model's update
-    rewards: torch.Tensor = None  # (P,G)
-    features: torch.Tensor = None  # (P,H) at the end of the prompt, for V
+    rewards: torch.Tensor = None    # (P,G)
+    features: torch.Tensor = None   # (P,H) at the end of the prompt, for V
 
 def sample(run, prompts, group, step, purpose="rollout"):
     """`group` responses to each of this rank's `prompts`, also in the reward model's words."""
@@ -499,9 +498,8 @@ def sample(run, prompts, group, step, purpose="rollout"):
 
 @torch.no_grad()
 def score(rm, sequences, budget):
-    """[(ids, prompt_length)] -> rewards (N,) and prompt features (N,H) for V, without gradients.
-    Equal sequences are scored once: rounding must not rank equal responses."""
-    device, count, first = rm.value_head.weight.device, len(sequences), {}
+    """[(ids, prompt_length)] -> rewards (N,) and prompt features (N,H) for V, without gradients."""
+    device, count, first = rm.value_head.weight.device, len(sequences), {}  # equal ones once: rounding must not rank
     same = [first.setdefault((tuple(ids), length), row) for row, (ids, length) in enumerate(sequences)]
     rewards, features = torch.empty(count, device=device), torch.empty(count, rm.value_head.in_features, device=device)
     for rows in micro_batches(first.values(), sequences, budget):
@@ -667,8 +665,7 @@ def preference_step(run, pairs):
     run.log.put(rm_loss=loss, rm_accuracy=accuracy)
 
 def value_stage(run, prompts):
-    """Stage value, Eq. 12: V towards the mean reward of K responses of the policy; the reward model is frozen.
-    Prompts are sampled and scored once: further epochs cost nothing."""
+    """Stage value, Eq. 12: V towards the mean reward of K responses, sampled and scored once; R is frozen."""
     cfg, batches = run.cfg, []
     count = cfg.value_prompts or min(len(prompts), cfg.batch * cfg.steps)
     count = max(1, count // cfg.batch) * cfg.batch  # whole batches: every rank has the same number of prompts
@@ -800,11 +797,7 @@ def start_ranks(device):
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
         dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=RANK, world_size=WORLD,
                                 timeout=datetime.timedelta(hours=2))  # one rank may decode much longer than another
-
-def stop_ranks():
-    """Leave the process group."""
-    if WORLD > 1 and dist.is_initialized():
-        dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)
 
 def barrier():
     """Wait for every rank."""
@@ -956,15 +949,13 @@ def read_pairs(cfg, source, flag, tokenizer):
     return read_all(source, flag, parse)
 
 def model_inputs(sequences, device):
-    """[(ids, prompt_length)] -> input_ids (n,T), lengths, prompt_lengths (n,). Padded to the right, which causal
-    models never look at."""
+    """[(ids, prompt_length)] -> input_ids (n,T) right-padded, which causal models never see; two lengths (n,)."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in sequences], batch_first=True)
     lengths = torch.tensor([(len(ids), length) for ids, length in sequences], device=device)
     return ids.to(device), lengths[:, 0], lengths[:, 1]
 
 def micro_batches(rows, sequences, budget):
-    """Rows in lists of at most `budget` padded tokens (at least one row), longest first: little padding, and too
-    little memory shows at once."""
+    """Rows in lists of at most `budget` padded tokens (or one row), longest first: too little memory shows at once."""
     batches, width = [], 0
     for row in sorted(rows, key=lambda row: (-len(sequences[row][0]), row)):
         if not batches or (len(batches[-1]) + 1) * width > budget:
@@ -1103,9 +1094,9 @@ class Log:
 def record(run, batch, positive, negative, valid):
     """What the filter did and whether V is any good, over all ranks; rank 0's responses go to samples.jsonl."""
     cfg, rewards, values, sides = run.cfg, batch.rewards, anchor(run, batch), positive.int() - negative.int()
-    run.log.put(reward=rewards.mean(), reward_spread=rewards.std(1).mean(), kept=sides.abs().float().mean(),
-                positive=positive.float().mean(), valid=valid.float().mean(), truncated=1 - batch.ended.float().mean(),
-                usable=batch.usable.float().mean(), response_tokens=batch.lengths.float().mean(),
+    means = {"reward": rewards, "reward_spread": rewards.std(1), "kept": sides.abs(), "positive": positive,
+             "valid": valid, "usable": batch.usable, "response_tokens": batch.lengths}
+    run.log.put(**{name: x.float().mean() for name, x in means.items()}, truncated=1 - batch.ended.float().mean(),
                 tokens_per_second=batch.lengths.sum().item() / run.log.record["rollout_seconds"])
     if RM_UPDATES[cfg.rm_update].anchor == "value head":
         bias = values - masked_mean(rewards, batch.usable, 1)
@@ -1171,11 +1162,9 @@ def main(argv=None, kind=Config):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        stop_ranks()
 
 def train(cfg):
     """Read all input before writing any output, then run the stages asked for."""
-    expect(not Path(cfg.out).is_file(), f"--out {cfg.out}: expected a folder, it is a file")
     preference, saving, row = cfg.stage == "preference", cfg.stage in ("", "save"), RM_UPDATES[cfg.rm_update]
     anchored, rm_tokenizer = row.anchor == "value head", load_tokenizer(cfg.rm, "rm")
     heldout = {Path(file).name.split(".")[0]: read_pairs(cfg, file, "heldout", rm_tokenizer) for file in cfg.heldout}

@@ -282,8 +282,8 @@ def train_grpo(policy_dir, prompts, reward, steps, seed, desc):
         log_probs, mask = policy(*inputs, 1.0)
         with torch.no_grad():
             ref_log_probs, _ = reference(*inputs, 1.0)
-        loss, _ = save.policy_loss(log_probs, log_probs, ref_log_probs, advantages, mask, algo=save.ALGORITHMS["grpo"], clip_low=0.2,
-                                   clip_high=0.2, kl_coef=0.04)
+        loss, _ = save.policy_loss(log_probs, log_probs, ref_log_probs, advantages, mask, algo=save.ALGORITHMS["grpo"],
+                                   clip_low=0.2, clip_high=0.2, kl_coef=0.04)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
