@@ -24,6 +24,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import fcntl
 import gzip
 import hashlib
 import inspect
@@ -241,7 +242,7 @@ def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, al
     of_row = log_ratio.sum(1, keepdim=True)
     mean = of_row / mask.sum(1, keepdim=True).clamp(min=1)
     ratio = {"token": log_ratio, "mean": mean, "sum": of_row}[algo.ratio]
-    ratio = ratio.clamp(max=20).exp()  # beyond any clip; inf times a zero advantage would be nan
+    ratio = ratio.clamp(max=80).exp()  # not inf, which times a zero advantage would be nan
     advantages = torch.where(mask, advantages[:, None] if advantages.dim() == 1 else advantages, 0)
     free, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     # a masked 0 - 0 = 0 keeps whatever the padding holds out of exp
@@ -262,24 +263,27 @@ class RewardModel(nn.Module):
         self.model, self.tokenizer, self.has_value_head = remove_dropout(model), tokenizer, bool(value_head)
         self.model.score.float()
         width = model.score.in_features
+        ids, start = encode_responses(tokenizer, [{"role": "user", "content": "a"}], ["b"])[0]
+        expect(len(ids) > start, "its chat template leaves out the response")
+        self.template_tokens = len(ids) - start - len(tokenizer("b", add_special_tokens=False)["input_ids"])
         self.value_head = nn.Linear(width, 1)
         self.value_head.load_state_dict(value_head or {"weight": torch.zeros(1, width), "bias": torch.zeros(1)})
 
     @classmethod
     def from_pretrained(cls, path, new_head=False, seed=0):
         """A folder or hub name in its own precision; `new_head`: a causal LM will do."""
-        model, tokenizer, missing = load(path, "rm", AutoModelForSequenceClassification, num_labels=1)
-        expect(not missing or new_head and missing == {"score.weight"}, f"--rm {path}: expected a reward model, it has "
-               f"no weights for {sorted(missing)} (--stage preference makes one of a causal LM)")
-        expect(isinstance(getattr(model, "score", None), nn.Linear),
-               f"--rm {path}: expected a causal model with a linear `score` head, got {type(model).__name__}")
-        if missing:
-            numbers = torch.Generator().manual_seed(seed_for(seed, "reward head"))
-            noise = torch.randn(model.score.weight.shape, generator=numbers)
-            model.score.weight.data = noise / (model.score.in_features + 1) ** 0.5
-        encode_responses(tokenizer, [{"role": "user", "content": "a"}], ["b"])
-        head = Path(path) / "value_head.safetensors"
-        return cls(model, tokenizer, safetensors.torch.load_file(head) if head.is_file() else None)
+        with blamed(f"--rm {path}"):
+            model, tokenizer, missing = load(path, AutoModelForSequenceClassification, num_labels=1)
+            expect(not missing or new_head and missing == {"score.weight"}, "expected a reward model, it lacks weights "
+                   f"({', '.join(sorted(missing))}; --stage preference makes one of a causal LM)")
+            expect(isinstance(getattr(model, "score", None), nn.Linear),
+                   f"expected a causal model with a linear `score` head, got {type(model).__name__}")
+            if missing:
+                numbers = torch.Generator().manual_seed(seed_for(seed, "reward head"))
+                noise = torch.randn(model.score.weight.shape, generator=numbers)
+                model.score.weight.data = noise / (model.score.in_features + 1) ** 0.5
+            head = Path(path) / "value_head.safetensors"
+            return cls(model, tokenizer, safetensors.torch.load_file(head) if head.is_file() else None)
 
     def features(self, input_ids, lengths, prompt_lengths):
         """Hidden states (N,H), fp32: at the last token for R, at the last prompt token for V."""
@@ -326,11 +330,12 @@ class Policy(nn.Module):
     @classmethod
     def from_pretrained(cls, path):
         """A folder or hub name in its own precision."""
-        model, tokenizer, missing = load(path, "policy", AutoModelForCausalLM)
-        expect(not missing and "CausalLM" in str(model.config.architectures),
-               f"--policy {path}: expected a causal language model, got {model.config.architectures}")
-        policy = cls(model, tokenizer)
-        return policy if policy.eos_ids else fail(f"--policy {path}: expected an EOS token in its tokenizer")
+        with blamed(f"--policy {path}"):
+            model, tokenizer, missing = load(path, AutoModelForCausalLM)
+            expect(not missing and "CausalLM" in str(model.config.architectures),
+                   f"expected a causal language model, got {model.config.architectures}")
+            policy = cls(model, tokenizer)
+            return policy if policy.eos_ids else fail("expected an EOS token in its tokenizer")
 
     @torch.no_grad()
     def check_logits(self, path):
@@ -338,6 +343,7 @@ class Policy(nn.Module):
         ids = torch.arange(3, 11, device=self.model.device)[None] % self.model.config.vocab_size
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         plain, own = self.model.get_output_embeddings()(hidden), self.model(ids).logits
+        expect(own.isfinite().all(), f"--policy {path}: expected finite weights, its logits are not")
         expect(torch.allclose(plain.float(), own.float(), rtol=1e-2, atol=1e-2),
                f"--policy {path}: expected a plain output layer, {type(self.model).__name__} scales or caps it")
 
@@ -358,18 +364,18 @@ class Policy(nn.Module):
                                for h, t in zip(hidden, targets)])
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs), mask
 
-def load(path, flag, kind, **options):
+def load(path, kind, **options):
     """(model, tokenizer, names of missing weights) of a folder or hub name; none of its code is run."""
     options.update(dtype="auto", output_loading_info=True, trust_remote_code=False)
-    with blamed(f"--{flag} {path}: expected a model folder or hub name"):
-        model, info = kind.from_pretrained(path, **options)
-    return model, load_tokenizer(path, flag), set(info["missing_keys"])
+    model, info = kind.from_pretrained(path, **options)
+    tokenizer, rows = load_tokenizer(path), model.get_input_embeddings().num_embeddings
+    expect(len(tokenizer) <= rows, f"expected an embedding for each of {len(tokenizer)} tokens, it has {rows}")
+    return model, tokenizer, set(info["missing_keys"])
 
-def load_tokenizer(path, flag):
+def load_tokenizer(path):
     """The tokenizer of a model folder or hub name; it must carry a chat template."""
-    with blamed(f"--{flag} {path}: expected a folder or hub name with tokenizer and chat template"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        return expect(tokenizer.chat_template, "no chat template") and tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    return tokenizer if tokenizer.chat_template else fail("its tokenizer has no chat template")
 
 def remove_dropout(model):
     """Every dropout rate 0: two passes over the same rows must give the same numbers."""
@@ -461,8 +467,13 @@ class Run:
     policy: Policy = None
     log: "Log" = None
     optimizers: dict = dataclasses.field(default_factory=dict)  # of "rm", "value" and "policy" those in training
-    step: int = 1  # under way
-    lr_scale: float = 1.0  # of all learning rates
+    step: int = 1                   # under way
+    inputs: dict = dataclasses.field(default_factory=dict)  # digests, for the checkpoint
+    lr_scale: float = 1.0           # of all learning rates, see `schedule`
+
+    def schedule(self, done, steps):
+        """Set the learning rates' factor after `done` of so many steps."""
+        self.lr_scale = 1 - done / steps if self.cfg.lr_schedule == "linear" else 1.0
 
 @dataclasses.dataclass
 class Batch:
@@ -489,7 +500,7 @@ def sample(run, prompts, group, step, purpose="rollout"):
     texts = run.policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
     chats = [chat for i, (messages, _) in enumerate(own)
              for chat in encode_responses(run.rm.tokenizer, messages, texts[i * group:(i + 1) * group])]
-    short = [len(ids) - length <= cfg.max_new_tokens + 32 for ids, length in chats]  # 32: the template's own
+    short = [len(ids) - length - run.rm.template_tokens <= cfg.max_new_tokens for ids, length in chats]
     asked = [ids for _, ids in own for _ in range(group)]
     sequences = [(ids + response, len(ids)) for ids, response in zip(asked, responses)]
     numbers = torch.tensor([ended, short, [len(ids) for ids in responses]], device=cfg.device)
@@ -521,7 +532,8 @@ def anchor(run, batch):
     """V (P,): of the value head, or the group mean, also where only the logs show it."""
     if RM_UPDATES[run.cfg.rm_update].anchor == "value head":
         return run.rm.value(batch.features)
-    return masked_mean(batch.rewards, batch.usable, 1)
+    usable = batch.usable | ~batch.usable.any(1, keepdim=True)  # a group without usable rows: the mean of all
+    return masked_mean(batch.rewards, usable, 1)
 
 def label(run, batch):
     """(P,G): the sign makes Y+ and Y-, the size decides what is kept. Eq. 13, R - V.
@@ -565,10 +577,11 @@ def value_step(run, rewards, features, usable):
     return loss.item()
 
 @torch.no_grad()
-def response_log_probs(run, batch, rows):
-    """Log-probs (N/W,R) of this rank's `rows` under the working copy, 0 elsewhere."""
+def response_log_probs(run, batch, batches):
+    """Log-probs (N/W,R) under the working copy, 0 where there is none; in the training pass's micro-batches, since
+    others round differently: in bf16 that alone clips a tenth of GSPO's rows."""
     result = torch.zeros(len(batch.sequences), int(batch.lengths.max()), device=run.cfg.device)
-    for part in micro_batches(rows, batch.sequences, run.cfg.micro_tokens):
+    for part in batches:
         inputs = model_inputs([batch.sequences[row] for row in part], run.cfg.device)
         log_probs, _ = run.policy(*inputs, run.cfg.temperature)
         result[part, :log_probs.shape[1]] = log_probs
@@ -588,12 +601,15 @@ def policy_step(run, batch, keep):
     if not trained.any():
         return
     rows, old, reference = mine(trained).flatten().nonzero()[:, 0].tolist(), None, None
+    chunks = torch.arange(len(keep)).chunk(cfg.num_minibatches)  # by prompt, in the global order
+    parts = [[row for row in rows if RANK + WORLD * (row // group) in chunk] for chunk in chunks]
+    batches = [micro_batches(part or [0], batch.sequences, cfg.micro_tokens) for part in parts]
     with run.log.time("log_probs"):
         if cfg.num_minibatches > 1 or algorithm.kl == "reward":
-            old = response_log_probs(run, batch, rows)
+            old = response_log_probs(run, batch, sum(batches, []))
         if cfg.kl_coef:
             with run.optimizers["policy"].swapped():
-                reference = response_log_probs(run, batch, rows)
+                reference = response_log_probs(run, batch, sum(batches, []))
     advantages = policy_advantages(run, batch, trained, old, reference)
 
     def micro_loss(model, rows):
@@ -605,15 +621,13 @@ def policy_step(run, batch, keep):
         initial = log_probs if reference is None else reference[rows, :width]
         loss, stats = policy_loss(log_probs, before, initial, own, mask, algo=algorithm, clip_low=cfg.clip_low,
                                   clip_high=cfg.clip_high, kl_coef=cfg.kl_coef)
-        weight = len(rows) / count if part_rows else 0  # 0 for a rank that only takes part
+        weight = len(rows) / count if part else 0  # 0 for a rank that only takes part
         return loss * weight, (loss * weight, stats["kl"] * weight, stats["clipped"] * weight)
 
     sums = []
-    for part in torch.arange(len(keep)).chunk(cfg.num_minibatches):  # by prompt, in the global order
-        count = int(trained[part].sum())  # rows of this minibatch on all ranks
-        part_rows = [row for row in rows if RANK + WORLD * (row // group) in part]
-        batches = micro_batches(part_rows or [0], batch.sequences, cfg.micro_tokens)
-        sums += [train_on(run, "policy", batches, micro_loss)] if count else []
+    for chunk, part, micro in zip(chunks, parts, batches):
+        count = int(trained[chunk].sum())  # rows of this minibatch on all ranks
+        sums += [train_on(run, "policy", micro, micro_loss)] if count else []
     loss, kl, clipped = (sum(column) / len(sums) for column in zip(*sums))
     run.log.put(policy_loss=loss, kl=kl, clipped=clipped, survivors=trained.float().mean())
 
@@ -639,9 +653,10 @@ def learn(run, batch):
     before = batch.rewards
     if row.loss and reward_model_step(run, batch, positive, negative):  # 2: the reward model
         score_batch(run, batch)
-        log.deflation *= (batch.rewards.std(1).mean() / before.std(1).mean()).item()
+        spread = before.std(1).mean()
+        log.deflation *= (batch.rewards.std(1).mean() / spread).item() if spread > 0 else 1
         log.put(reward_shift=(batch.rewards - before).abs().mean(), deflation=log.deflation)
-    if row.anchor == "value head":
+    if row.anchor == "value head" and batch.usable.any():
         log.put(value_loss=value_step(run, batch.rewards, batch.features, batch.usable))
 
     positive, negative, _ = filtered(run, batch)  # 3: the policy, with truncated responses
@@ -676,8 +691,10 @@ def value_stage(run, prompts):
         batches.append((batch.rewards, batch.features, batch.usable))
     data = rewards, features, usable = [torch.cat(tensors) for tensors in zip(*batches)]
     run.optimizers["value"] = ShardedAdamW(run.rm.value_head, cfg.value_lr, cfg)
-    for _ in range(cfg.value_epochs):
-        for part in torch.arange(count).split(cfg.value_batch):
+    parts = torch.arange(count).split(cfg.value_batch) * cfg.value_epochs
+    for done, part in enumerate(parts):
+        run.schedule(done, len(parts))
+        if usable[part].any():
             value_step(run, *(x[part] for x in data))
     run.rm.has_value_head = True
     run.log.put(value_loss=value_loss(run.rm.value(features), rewards, usable),
@@ -688,8 +705,11 @@ def each_step(run, heldout, stage, saved):
     """Yield at each step; around them resume, evaluate, log, save, and listen to SIGTERM and Ctrl-C."""
     cfg, asked, done = run.cfg, [], saved[0]["step"] if saved else 0
     for name, optimizer in run.optimizers.items() if saved else ():
-        for state in saved:  # of however many ranks there were
-            optimizer.load_state_dict(state["optimizers"][name])
+        states = [state["optimizers"][name] for state in saved]  # of however many ranks there were
+        lacking = optimizer.masters.keys() - set().union(*states)
+        expect(not lacking, f"--resume: the checkpoint lacks {sorted(lacking)[:1]} of {name}")
+        for state in states:
+            optimizer.load_state_dict(state)
         optimizer.publish(optimizer.masters)
     for number in (signal.SIGTERM, signal.SIGINT):  # `main` puts the old handlers back
         signal.signal(number, lambda *_: asked.append(True))
@@ -698,7 +718,7 @@ def each_step(run, heldout, stage, saved):
         run.log.write(0, stage)
     for run.step in tqdm(range(done + 1, cfg.steps + 1), stage, disable=NO_BAR):
         start = time.perf_counter()
-        run.lr_scale = 1 - (run.step - 1) / cfg.steps if cfg.lr_schedule == "linear" else 1.0
+        run.schedule(run.step - 1, cfg.steps)
         yield
         run.log.put(step_seconds=time.perf_counter() - start)
         if run.step == cfg.steps or cfg.eval_every and run.step % cfg.eval_every == 0:
@@ -804,12 +824,19 @@ def barrier():
     if WORLD > 1:
         dist.barrier()
 
-def one_rank_at_a_time(load):
-    """load() on rank 0, then 1, ...: host memory holds the weights being read by one of them."""
-    for rank in range(WORLD):
-        if rank == RANK:
-            result = load()
+def together(work, in_turn=False):
+    """work() on every rank; what one of them refuses is refused by all. `in_turn`: host memory holds weights once."""
+    refusals, refusal, result = [""] * WORLD, "", None
+    for rank in range(WORLD if in_turn else 1):
+        if rank == RANK or not in_turn:
+            try:
+                result = work()
+            except UsageError as error:
+                refusal = str(error)
         barrier()
+    if WORLD > 1:
+        dist.all_gather_object(refusals, refusal)
+    expect(not any([*refusals, refusal]), max(*refusals, refusal))
     return result
 
 def mine(items):
@@ -860,11 +887,25 @@ def accumulate(model, batches, micro_loss):
 DATE = "26 Jul 2024"  # Llama-3.2's template prints today's date unless told otherwise: scores would change overnight
 
 def encode_chats(tokenizer, chats, generation_prompt=False):
-    """Lists of messages -> lists of token ids, with exactly one BOS where the tokenizer wants one."""
+    """Lists of messages -> lists of token ids, with exactly one BOS where the tokenizer wants one. Special tokens in
+    the text of a message are text: it is put in after the template was tokenized."""
+    inserts, special = [], [token for token in tokenizer.get_added_vocab() if token.strip()]
+
+    def text_of(message):
+        text = message["content"].encode("utf-8", "replace").decode()  # lone surrogates cannot be tokenized
+        if not any(token in text for token in special):
+            return text
+        inserts.append(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        return f"\ufdd0{len(inserts) - 1}\ufdd0"
+
+    chats = [[{**message, "content": text_of(message)} for message in chat] for chat in chats]
     texts = tokenizer.apply_chat_template(chats, tokenize=False, date_string=DATE,
                                           add_generation_prompt=generation_prompt)
-    texts = [text.encode("utf-8", "replace").decode() for text in texts]  # lone surrogates cannot be tokenized
     rows, bos = tokenizer(texts, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
+    for row, text in enumerate(texts) if inserts else ():
+        parts = [inserts[int(part)] if i % 2 else tokenizer(part, add_special_tokens=False)["input_ids"]
+                 for i, part in enumerate(text.split("\ufdd0"))]
+        rows[row] = sum(parts, [])
     wants_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
     return [[bos] + ids if wants_bos and ids[:1] != [bos] else ids for ids in rows]
 
@@ -874,8 +915,8 @@ def encode_responses(tokenizer, messages, responses):
     whole: true for the Llama-3, Qwen and ChatML templates, checked here for every other."""
     answered = [messages + [{"role": "assistant", "content": text}] for text in responses]
     prompt, *rows = encode_chats(tokenizer, [messages, *answered])
-    expect(all(row[:len(prompt)] == prompt and len(row) > len(prompt) for row in rows), "--rm: its chat template does "
-           "not render the prompt as a token prefix of prompt and response, so one causal pass cannot give R and V")
+    expect(all(row[:len(prompt)] == prompt for row in rows), "the reward model's chat template does not render the "
+           "prompt as a token prefix of prompt and response, so one causal pass cannot give R and V")
     return [(row, len(prompt)) for row in rows]
 
 def read_rows(source, flag):
@@ -922,15 +963,16 @@ def read_all(source, flag, parse):
 def read_prompts(cfg, tokenizer):
     """[(messages, policy token ids)] of --prompts: rows are strings, message lists, or {"prompt": either}."""
     def parse(row):
+        expect({"prompt", "messages"} & row.keys(), f"expected a column prompt, got {', '.join(row)}")
         messages = as_messages(row.get("prompt", row.get("messages")), "prompt")
         expect(messages[-1]["role"] != "assistant", "expected a prompt, it ends with an assistant message")
         [ids] = encode_chats(tokenizer, [messages], generation_prompt=True)
-        expect(len(ids) <= cfg.max_prompt_tokens,
+        expect(0 < len(ids) <= cfg.max_prompt_tokens,
                f"{len(ids)} tokens, expected at most --max_prompt_tokens {cfg.max_prompt_tokens}")
         # F.1 on responses and 1024 tokens is read as R2M has it: leave out prompts whose known responses are longer
         replies = [as_messages(row[side], side)[-1]["content"] for side in ("chosen", "rejected") if side in row]
-        short = all(len(tokenizer(reply)["input_ids"]) <= cfg.max_new_tokens for reply in replies)
-        return (messages, ids) if short else None
+        lengths = [len(tokenizer(reply, add_special_tokens=False)["input_ids"]) for reply in replies]
+        return (messages, ids) if max(lengths, default=0) <= cfg.max_new_tokens else None
     return read_all(cfg.prompts, "prompts", parse)
 
 def read_pairs(cfg, source, flag, tokenizer):
@@ -938,11 +980,14 @@ def read_pairs(cfg, source, flag, tokenizer):
     limit = cfg.max_prompt_tokens + cfg.max_new_tokens if flag == "pairs" else tokenizer.model_max_length
 
     def parse(row):
-        missing = {"chosen", "rejected"} - {side for side, value in row.items() if value}
-        expect(not missing, f"a pair needs both sides, {' and '.join(sorted(missing))} missing or empty")
-        prompt = row.get("prompt") or (row["chosen"][:-1] if isinstance(row["chosen"], list) else None)
-        replies = [as_messages(row[side], side)[-1]["content"] for side in ("chosen", "rejected")]
-        sides = encode_responses(tokenizer, as_messages(prompt, "prompt"), replies)
+        sides = ("chosen", "rejected")
+        expect(all(row.get(side) for side in sides), f"expected columns chosen and rejected with text, got {[*row]}")
+        whole = [as_messages(row[side], side) for side in sides if isinstance(row[side], list)]
+        expect(all(chat[-1]["role"] == "assistant" and chat[:-1] == whole[0][:-1] for chat in whole),
+               "expected chosen and rejected to be an assistant's answers to the same chat")
+        prompt = as_messages(row.get("prompt") or whole and whole[0][:-1], "prompt")
+        replies = [as_messages(row[side], side)[-1]["content"] for side in sides]
+        sides = encode_responses(tokenizer, prompt, replies)
         longest = max(len(ids) for ids, _ in sides)
         expect(longest <= limit, f"{longest} tokens, expected at most {limit} (--max_prompt_tokens, --max_new_tokens)")
         return sides
@@ -1010,7 +1055,7 @@ def save_models(run):
 
 def save_checkpoint(run):
     """checkpoints/step_000123/rank_00000.pt of each rank. Two are kept."""
-    state = {"step": run.step, "config": dataclasses.asdict(run.cfg), "deflation": run.log.deflation,
+    state = {"step": run.step, "config": {**dataclasses.asdict(run.cfg), **run.inputs}, "deflation": run.log.deflation,
              "logs": {name: Path(run.cfg.out, name).stat().st_size for name in LOGS if RANK == 0},
              "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}}
     with replaced_folder(Path(run.cfg.out, "checkpoints", f"step_{run.step:06d}")) as folder:
@@ -1018,21 +1063,25 @@ def save_checkpoint(run):
     for old in sorted(folder.parent.glob("step_*"))[:-2] if RANK == 0 else ():
         shutil.rmtree(old)
 
-def read_checkpoint(cfg):
-    """What the ranks saved in the newest checkpoint, [] without one; refused if other flags made it."""
-    folders = sorted(Path(cfg.out, "checkpoints").glob("step_*"))
-    expect(cfg.resume or not folders, f"--out {cfg.out}: it holds checkpoints, expected --resume or another --out")
+def read_checkpoint(cfg, inputs):
+    """What the ranks saved in the newest checkpoint, [] without one; refused if other flags or inputs made it."""
+    folders = sorted(Path(cfg.out, "checkpoints").glob("step_" + 6 * "[0-9]"))
     if not folders:
         return []
     with blamed(f"--resume: {folders[-1]} is damaged, without it the one before is used"):
         saved = [torch.load(file, "cpu", mmap=True, weights_only=True) for file in sorted(folders[-1].glob("*.pt"))]
-        was, now = saved[0]["config"], dataclasses.asdict(cfg)
+        was, now = saved[0]["config"], {**dataclasses.asdict(cfg), **inputs}
     may_change = {"out", "resume", "save_every", "eval_every", "heldout", "device", "offload", "micro_tokens",
                   "cache_tokens"}
     changed = [f"--{name} was {was.get(name)!r}, is {now[name]!r}" for name in now
                if name not in may_change and was.get(name) != now[name]]
     expect(not changed, f"--resume: {folders[-1]} is of other flags: {'; '.join(changed)}")
     return saved
+
+def digest(path, items=()):
+    """What tells a folder or file apart from another one of the same name: rows, and the sizes of its files."""
+    sizes = sorted((file.name, file.stat().st_size) for file in Path(path).glob("*"))
+    return hashlib.sha256(repr((sizes, items)).encode()).hexdigest()[:16]
 
 def say(*words):
     """Print on rank 0, at once and without breaking a progress bar."""
@@ -1048,6 +1097,10 @@ class Log:
     def __init__(self, cfg, saved=()):
         self.cfg, self.record, self.deflation = cfg, {}, saved[0]["deflation"] if saved else 1.0
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        if RANK == 0:
+            self.lock = open(Path(cfg.out, ".lock"), "w")  # the system drops the lock with the process
+            with blamed(f"--out {cfg.out}: another run writes to it"):
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         sizes = saved[0]["logs"] if saved else {}
         for name in LOGS if RANK == 0 else ():
             with open(Path(cfg.out, name), "a") as file:
@@ -1099,8 +1152,8 @@ def record(run, batch, positive, negative, valid):
     run.log.put(**{name: x.float().mean() for name, x in means.items()}, truncated=1 - batch.ended.float().mean(),
                 tokens_per_second=batch.lengths.sum().item() / run.log.record["rollout_seconds"])
     if RM_UPDATES[cfg.rm_update].anchor == "value head":
-        bias = values - masked_mean(rewards, batch.usable, 1)
-        run.log.put(value_bias=bias.mean(), value_rmse=bias.square().mean().sqrt(),
+        bias, fitted = values - masked_mean(rewards, batch.usable, 1), batch.usable.any(1)
+        run.log.put(value_bias=masked_mean(bias, fitted), value_rmse=masked_mean(bias ** 2, fitted).sqrt(),
                     threshold=curriculum_threshold(batch.step, cfg.steps, cfg.m0))
     prompts = [messages for messages, _ in batch.prompts for _ in range(cfg.group)]
     columns = rewards, ~batch.ended, values[:, None].expand_as(rewards), sides
@@ -1142,6 +1195,8 @@ def main(argv=None, kind=Config):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal may know ASCII only
     try:
         cfg = parse_config(argv, kind).checked()
         start_ranks(cfg.device)
@@ -1157,7 +1212,9 @@ def main(argv=None, kind=Config):
             hint = "another rank is lost, start again with --resume"
         if RANK == 0 or code == 1:
             text = error if code == 2 else f"rank {RANK}: {first_line(error)}; {hint}"
-            print(f"save.py: error: {text}", file=sys.stderr)
+            print(f"save.py: error: {text}", file=sys.stderr, flush=True)
+        if WORLD > 1 and code == 1:
+            os._exit(code)  # others may wait for this rank, and leaving in order would wait for them
         sys.exit(code)
     finally:
         for number, handler in handlers.items():
@@ -1166,24 +1223,26 @@ def main(argv=None, kind=Config):
 def train(cfg):
     """Read all input before writing any output, then run the stages asked for."""
     preference, saving, row = cfg.stage == "preference", cfg.stage in ("", "save"), RM_UPDATES[cfg.rm_update]
-    anchored, rm_tokenizer = row.anchor == "value head", load_tokenizer(cfg.rm, "rm")
-    heldout = {Path(file).name.split(".")[0]: read_pairs(cfg, file, "heldout", rm_tokenizer) for file in cfg.heldout}
+    anchored, results = row.anchor == "value head", [Path(cfg.out, name) for name in ("rm", "policy", LOGS[0])]
+    there = [str(path) for path in results if path.exists() and not cfg.resume]
+    there += [path for path in (cfg.rm, cfg.policy) if Path(path).resolve() in [result.resolve() for result in results]]
+    expect(cfg.out and not there, f"--out {cfg.out!r}: expected a folder without {' '.join(there)} (--resume goes on)")
+    heldout, pairs, prompts = together(lambda: read_inputs(cfg))
     if preference:
-        pairs = read_pairs(cfg, cfg.pairs, "pairs", rm_tokenizer)
         cfg = dataclasses.replace(cfg, steps=cfg.steps or max(1, len(pairs) // cfg.batch))
-    else:
-        prompts = read_prompts(cfg, load_tokenizer(cfg.policy, "policy"))
-    saved = read_checkpoint(cfg)
-    rm = one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm, preference, cfg.seed).to(cfg.device))
+    inputs = {"rm (files)": digest(cfg.rm), "policy (files)": digest(cfg.policy),
+              "prompts (rows)": digest(cfg.prompts, prompts), "pairs (rows)": digest(cfg.pairs, pairs)}
+    saved = together(lambda: read_checkpoint(cfg, inputs))
+    rm = together(lambda: RewardModel.from_pretrained(cfg.rm, preference, cfg.seed).to(cfg.device), in_turn=True)
     expect(rm.has_value_head or not anchored or cfg.stage != "save", f"--rm {cfg.rm}: it holds no "
            "value_head.safetensors; run --stage value first, or leave --stage out")
-    run = Run(cfg, rm)
+    run = Run(cfg, rm, inputs=inputs)
     # masters before working copies: they are taken in the checkpoint's precision, before it is rounded to --dtype
     if preference or saving and row.loss:
         run.optimizers["rm"] = ShardedAdamW(rm.model, cfg.lr_rm, cfg)
     to_working_copy(rm, cfg)
     if not preference:
-        run.policy = one_rank_at_a_time(lambda: Policy.from_pretrained(cfg.policy).to(cfg.device))
+        run.policy = together(lambda: Policy.from_pretrained(cfg.policy).to(cfg.device), in_turn=True)
         for flag, model in (("policy", run.policy.model), ("rm", rm.model)):
             limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
             expect(cfg.max_prompt_tokens + cfg.max_new_tokens <= limit, "--max_prompt_tokens and --max_new_tokens: "
@@ -1192,7 +1251,7 @@ def train(cfg):
             run.optimizers["policy"] = ShardedAdamW(run.policy.model, cfg.lr_policy, cfg, keep_initial=cfg.kl_coef > 0)
         to_working_copy(run.policy, cfg).check_logits(cfg.policy)
 
-    run.log = Log(cfg, saved)
+    run.log = together(lambda: Log(cfg, saved))
     if preference:
         rm.has_value_head = False  # a value head it may have had belongs to other rewards
         for _ in each_step(run, heldout, "preference", saved):
@@ -1200,13 +1259,26 @@ def train(cfg):
     if cfg.stage == "value" or saving and anchored and not rm.has_value_head and not saved:
         value_stage(run, prompts)
     if cfg.stage == "value":  # nothing but the head was trained: the rest as it was before it was rounded to --dtype
-        rm.model = one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm)).model
+        rm.model = together(lambda: RewardModel.from_pretrained(cfg.rm), in_turn=True).model
     if saving and anchored:
         run.optimizers["value"], rm.has_value_head = ShardedAdamW(rm.value_head, cfg.lr_value, cfg), True
     if saving:
         for _ in each_step(run, heldout, "save", saved):
             save_step(run, prompts)
     save_models(run)
+
+def read_inputs(cfg):
+    """--heldout {name: pairs}, --pairs and --prompts as the stage needs them, else none."""
+    names = [Path(file).name.split(".")[0] for file in cfg.heldout]
+    expect(len(set(names)) == len(names), f"--heldout: expected files of different names, got {' '.join(names)}")
+    with blamed(f"--rm {cfg.rm}"):
+        tokenizer = load_tokenizer(cfg.rm)
+    heldout = {name: read_pairs(cfg, file, "heldout", tokenizer) for name, file in zip(names, cfg.heldout)}
+    if cfg.stage == "preference":
+        return heldout, read_pairs(cfg, cfg.pairs, "pairs", tokenizer), None
+    with blamed(f"--policy {cfg.policy}"):
+        tokenizer = load_tokenizer(cfg.policy)
+    return heldout, None, read_prompts(cfg, tokenizer)
 
 if __name__ == "__main__":
     main()
