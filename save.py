@@ -39,6 +39,8 @@ import time
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
+
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -391,7 +393,8 @@ def to_working_copy(module, cfg):
     for p in body.parameters():
         p.data = p.data.to(cfg.device, getattr(torch, cfg.dtype))
     if cfg.device != "cpu":  # recompute activations in the backward pass
-        module.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = module.model  # the second name is that of transformers before 5.23
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
     return module.to(cfg.device)
 
 # ---- 5. rollout -------------------------------------------------------------
@@ -812,11 +815,12 @@ def start_ranks(device):
     if device != "cpu":
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
+        patience = datetime.timedelta(hours=2)  # one rank may decode much longer than another
         # after a restart torchrun's store still holds the addresses of the dead ranks (pytorch issue 135712)
         attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", timeout=patience))[0])
         dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=RANK, world_size=WORLD,
-                                timeout=datetime.timedelta(hours=2))  # one rank may decode much longer than another
+                                timeout=patience)
         atexit.register(dist.destroy_process_group)
 
 def barrier():
@@ -873,7 +877,9 @@ def accumulate(model, batches, micro_loss):
     if isinstance(model, RewardModel):  # V has a step of its own, DDP would wait for its gradient
         model.value_head.requires_grad_(False)
     wrapped, sums = model, []
-    if WORLD > 1:
+    if WORLD > 1:  # gradients that are there become views of DDP's buckets, others would be held twice
+        for p in filter(lambda p: p.requires_grad, model.parameters()):
+            p.grad = torch.zeros_like(p)
         wrapped = nn.parallel.DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
     for i, rows in enumerate(batches):
         wrapped.require_backward_grad_sync = i == len(batches) - 1
@@ -1259,7 +1265,7 @@ def train(cfg):
     if cfg.stage == "value" or saving and anchored and not rm.has_value_head and not saved:
         value_stage(run, prompts)
     if cfg.stage == "value":  # nothing but the head was trained: the rest as it was before it was rounded to --dtype
-        rm.model = together(lambda: RewardModel.from_pretrained(cfg.rm), in_turn=True).model
+        rm.model = RewardModel.from_pretrained(cfg.rm).model if RANK == 0 else rm.model
     if saving and anchored:
         run.optimizers["value"], rm.has_value_head = ShardedAdamW(rm.value_head, cfg.lr_value, cfg), True
     if saving:
