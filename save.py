@@ -470,9 +470,9 @@ class Run:
     policy: Policy = None
     log: "Log" = None
     optimizers: dict = dataclasses.field(default_factory=dict)  # of "rm", "value" and "policy" those in training
-    step: int = 1                   # under way
+    step: int = 1  # under way
     inputs: dict = dataclasses.field(default_factory=dict)  # digests, for the checkpoint
-    lr_scale: float = 1.0           # of all learning rates, see `schedule`
+    lr_scale: float = 1.0  # of all learning rates, see `schedule`
 
     def schedule(self, done, steps):
         """Set the learning rates' factor after `done` of so many steps."""
@@ -482,15 +482,15 @@ class Run:
 class Batch:
     """One step's responses: tensors (P,G) of all ranks, lists of this rank's rows, prompt by prompt."""
     step: int
-    prompts: list                   # (messages, policy ids) of this rank's prompts
-    texts: list                     # responses, decoded
-    chats: list                     # (ids, prompt_length) of prompt and response in the reward model's tokens
-    sequences: list                 # the same in the policy's tokens
-    lengths: torch.Tensor           # (P,G) response tokens
-    ended: torch.Tensor             # (P,G) bool: by EOS, not by --max_new_tokens
-    usable: torch.Tensor            # (P,G) bool: ended, and short enough for the reward model's update
-    rewards: torch.Tensor = None    # (P,G)
-    features: torch.Tensor = None   # (P,H) at the end of the prompt, for V
+    prompts: list  # (messages, policy ids) of this rank's prompts
+    texts: list  # responses, decoded
+    chats: list  # (ids, prompt_length) of prompt and response in the reward model's tokens
+    sequences: list  # the same in the policy's tokens
+    lengths: torch.Tensor  # (P,G) response tokens
+    ended: torch.Tensor  # (P,G) bool: by EOS, not by --max_new_tokens
+    usable: torch.Tensor  # (P,G) bool: ended, and short enough for the reward model's update
+    rewards: torch.Tensor = None  # (P,G)
+    features: torch.Tensor = None  # (P,H) at the end of the prompt, for V
 
 def sample(run, prompts, group, step, purpose="rollout"):
     """`group` responses to each of this rank's `prompts`, also in the reward model's words."""
@@ -890,11 +890,11 @@ def accumulate(model, batches, micro_loss):
     return total(*map(sum, zip(*sums)))
 
 # ---- 10. text and data ------------------------------------------------------
-DATE = "26 Jul 2024"  # Llama-3.2's template prints today's date unless told otherwise: scores would change overnight
+DATE = "26 Jul 2024"  # Llama-3.2's template prints today's date otherwise: scores would change overnight
 
 def encode_chats(tokenizer, chats, generation_prompt=False):
-    """Lists of messages -> lists of token ids, with exactly one BOS where the tokenizer wants one. Special tokens in
-    the text of a message are text: it is put in after the template was tokenized."""
+    """Lists of messages -> lists of token ids, with one BOS where the tokenizer wants one. Special tokens in a message
+    are text: it is put in after the template was tokenized."""
     inserts, special = [], [token for token in tokenizer.get_added_vocab() if token.strip()]
 
     def text_of(message):
@@ -917,12 +917,12 @@ def encode_chats(tokenizer, chats, generation_prompt=False):
 
 def encode_responses(tokenizer, messages, responses):
     """A prompt and response texts -> [(ids, prompt_length)] in the reward model's own template.
-    V is read at the last token of the prompt rendered without generation prompt, which must be a token prefix of the
-    whole: true for the Llama-3, Qwen and ChatML templates, checked here for every other."""
+    V is read at the end of the prompt without generation prompt: a token prefix of the whole for Llama-3, Qwen and
+    ChatML templates, checked here for every other."""
     answered = [messages + [{"role": "assistant", "content": text}] for text in responses]
     prompt, *rows = encode_chats(tokenizer, [messages, *answered])
-    expect(all(row[:len(prompt)] == prompt for row in rows), "the reward model's chat template does not render the "
-           "prompt as a token prefix of prompt and response, so one causal pass cannot give R and V")
+    expect(all(row[:len(prompt)] == prompt for row in rows), "the reward model's chat template does not render a prompt "
+           "as a token prefix of prompt and response, V needs that")
     return [(row, len(prompt)) for row in rows]
 
 def read_rows(source, flag):
@@ -940,7 +940,7 @@ def read_rows(source, flag):
                 load_dataset(name, split=split or "train")
         for number, row in enumerate(rows, 1):
             yield f"--{flag} {source} row {number}", row
-    except Exception as error:  # json, pyarrow and the hub client raise many types: all mean that it cannot be read
+    except Exception as error:  # json, pyarrow and the hub client raise many types
         fail(f"--{flag} {source} row {number + 1}: expected JSON, parquet or a hub dataset ({first_line(error)})")
     expect(number, f"--{flag} {source}: expected one row or more")
 
@@ -975,7 +975,7 @@ def read_prompts(cfg, tokenizer):
         [ids] = encode_chats(tokenizer, [messages], generation_prompt=True)
         expect(0 < len(ids) <= cfg.max_prompt_tokens,
                f"{len(ids)} tokens, expected at most --max_prompt_tokens {cfg.max_prompt_tokens}")
-        # F.1 on responses and 1024 tokens is read as R2M has it: leave out prompts whose known responses are longer
+        # F.1, read as R2M has it: leave out prompts whose known responses are longer
         replies = [as_messages(row[side], side)[-1]["content"] for side in ("chosen", "rejected") if side in row]
         lengths = [len(tokenizer(reply, add_special_tokens=False)["input_ids"]) for reply in replies]
         return (messages, ids) if max(lengths, default=0) <= cfg.max_new_tokens else None
@@ -1174,8 +1174,8 @@ def health(run):
     now = run.log.record
     checks = {
         "nothing is kept: lower --m0": now["kept"] == 0,
-        "no prompt has both signs: raise --group, or --value_epochs to fit V better": now["kept"] > 0 == now["valid"],
-        "V is off by more than the reward spread: raise --value_lr, --value_epochs or --lr_value":
+        "no prompt has both signs: raise --group or --value_epochs": now["kept"] > 0 == now["valid"],
+        "V is off by more than the spread of rewards: raise --value_epochs or --lr_value":
             abs(now.get("value_bias", 0)) > now["reward_spread"] > 0,
         "more than half of the responses are truncated: raise --max_new_tokens": now["truncated"] > 0.5,
         "the rewards of each group are equal: raise --temperature": now["reward_spread"] == 0,
@@ -1229,10 +1229,10 @@ def main(argv=None, kind=Config):
 def train(cfg):
     """Read all input before writing any output, then run the stages asked for."""
     preference, saving, row = cfg.stage == "preference", cfg.stage in ("", "save"), RM_UPDATES[cfg.rm_update]
-    anchored, results = row.anchor == "value head", [Path(cfg.out, name) for name in ("rm", "policy", LOGS[0])]
-    there = [str(path) for path in results if path.exists() and not cfg.resume]
-    there += [path for path in (cfg.rm, cfg.policy) if Path(path).resolve() in [result.resolve() for result in results]]
-    expect(cfg.out and not there, f"--out {cfg.out!r}: expected a folder without {' '.join(there)} (--resume goes on)")
+    anchored, models = row.anchor == "value head", [Path(path).resolve() for path in (cfg.rm, cfg.policy)]
+    results = [Path(cfg.out, name).resolve() for name in ("rm", "policy", *LOGS)]
+    there = [str(path) for path in results if path in models or path.exists() and not cfg.resume]
+    expect(cfg.out and not there, f"--out {cfg.out!r}: expected a new folder, or --resume ({', '.join(there)})")
     heldout, pairs, prompts = together(lambda: read_inputs(cfg))
     if preference:
         cfg = dataclasses.replace(cfg, steps=cfg.steps or max(1, len(pairs) // cfg.batch))
