@@ -893,25 +893,16 @@ def accumulate(model, batches, micro_loss):
 DATE = "26 Jul 2024"  # Llama-3.2's template prints today's date otherwise: scores would change overnight
 
 def encode_chats(tokenizer, chats, generation_prompt=False):
-    """Lists of messages -> lists of token ids, with one BOS where the tokenizer wants one. Special tokens in a message
-    are text: it is put in after the template was tokenized."""
-    inserts, special = [], [token for token in tokenizer.get_added_vocab() if token.strip()]
-
-    def text_of(message):
-        text = message["content"].encode("utf-8", "replace").decode()  # lone surrogates cannot be tokenized
-        if not any(token in text for token in special):
-            return text
-        inserts.append(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-        return f"\ufdd0{len(inserts) - 1}\ufdd0"
-
-    chats = [[{**message, "content": text_of(message)} for message in chat] for chat in chats]
+    """Lists of messages -> lists of token ids, with exactly one BOS where the tokenizer wants one.
+    A special token in the text of a message is text: a space behind its first character makes it so."""
+    special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    pattern = re.compile("|".join(special) or "(?!)")
+    chats = [[{**message, "content": pattern.sub(lambda m: m[0][0] + " " + m[0][1:], message["content"])}
+              for message in chat] for chat in chats]
     texts = tokenizer.apply_chat_template(chats, tokenize=False, date_string=DATE,
                                           add_generation_prompt=generation_prompt)
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]  # lone surrogates cannot be tokenized
     rows, bos = tokenizer(texts, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
-    for row, text in enumerate(texts) if inserts else ():
-        parts = [inserts[int(part)] if i % 2 else tokenizer(part, add_special_tokens=False)["input_ids"]
-                 for i, part in enumerate(text.split("\ufdd0"))]
-        rows[row] = sum(parts, [])
     wants_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
     return [[bos] + ids if wants_bos and ids[:1] != [bos] else ids for ids in rows]
 
@@ -921,8 +912,8 @@ def encode_responses(tokenizer, messages, responses):
     ChatML templates, checked here for every other."""
     answered = [messages + [{"role": "assistant", "content": text}] for text in responses]
     prompt, *rows = encode_chats(tokenizer, [messages, *answered])
-    expect(all(row[:len(prompt)] == prompt for row in rows), "the reward model's chat template does not render a prompt "
-           "as a token prefix of prompt and response, V needs that")
+    expect(all(row[:len(prompt)] == prompt for row in rows), "the reward model's chat template does not render the "
+           "prompt as a token prefix of prompt and response: V needs that")
     return [(row, len(prompt)) for row in rows]
 
 def read_rows(source, flag):
