@@ -495,7 +495,7 @@ def score_texts(cfg, rm, cache, texts, name, side="left"):
     """[(prompt, response)] -> scores and the number of texts that were cut. Each different text is scored once."""
     limit = min(cfg.max_length or 16384, getattr(rm.model.config, "max_position_embeddings", None) or sys.maxsize)
     encoded, keys, cut = {}, [], 0
-    for prompt, response in tqdm(texts, desc=f"{name}: tokenize", leave=False, delay=2, disable=RANK > 0):
+    for prompt, response in tqdm(texts, desc=f"{name}: tokenize", leave=False, delay=2, disable=save.NO_BAR):
         ids = encode(rm.tokenizer, prompt, response, limit, side)
         cut += len(ids) == limit and len(encode(rm.tokenizer, prompt, response, sys.maxsize)) > limit
         keys.append(hashlib.sha256(np.array(ids, np.int32).tobytes()).hexdigest()[:32])
@@ -504,7 +504,7 @@ def score_texts(cfg, rm, cache, texts, name, side="left"):
     own = save.mine(sorted(todo, key=lambda key: -len(encoded[key])))
     sequences = [(encoded[key], 1) for key in own]
     batches = save.micro_batches(range(len(own)), sequences, cfg.micro_tokens)
-    for rows in tqdm(batches, desc=name, disable=RANK > 0):
+    for rows in tqdm(batches, desc=name, disable=save.NO_BAR):
         rewards, _ = rm(*save.model_inputs([sequences[i] for i in rows], cfg.device))
         cache.append({own[i]: reward for i, reward in zip(rows, rewards.tolist())})
     # every text was scored by one rank; the others add 0
@@ -519,7 +519,7 @@ def evaluate(cfg, path, benchmarks, first):
 
     benchmarks: {name: rows}; first: the draws of the first reward model, for paired differences.
     """
-    rm = save.to_working_copy(save.one_rank_at_a_time(lambda: RewardModel.from_pretrained(path)), cfg)
+    rm = save.to_working_copy(save.together(lambda: RewardModel.from_pretrained(path), in_turn=True), cfg)
     cache = Cache(cfg.out and Path(cfg.out, "cache"), fingerprint(rm, cfg.device.split(":")[0]))
     results, draws = {}, {}
     for name, rows in benchmarks.items():
@@ -600,7 +600,7 @@ def answers_of(cfg, policy, questions, name):
             fail(f"--max_new_tokens {cfg.max_new_tokens}: with question {key} of {name}, {len(prompts[key])} tokens, "
                  f"expected at most {context} together, the policy's context")
     todo = save.mine(sorted(prompts.keys() - cache.values.keys(), key=lambda key: (len(prompts[key]), key)))
-    for start in tqdm(range(0, len(todo), cfg.max_rows), desc=f"{name}: answers", disable=RANK > 0):
+    for start in tqdm(range(0, len(todo), cfg.max_rows), desc=f"{name}: answers", disable=save.NO_BAR):
         keys = todo[start:start + cfg.max_rows]
         seeds = [save.seed_for(cfg.seed, "answer", key) for key in keys]
         tokens, ended = save.rollout(policy, [prompts[key] for key in keys], 1, seeds, **sampling)
@@ -615,7 +615,7 @@ def answers_of(cfg, policy, questions, name):
 def evaluate_policy(cfg):
     """All --bench of the policy: answers on every rank, files on rank 0."""
     questions = {name: read_questions(cfg, name) for name in cfg.bench}
-    policy = save.to_working_copy(save.one_rank_at_a_time(lambda: Policy.from_pretrained(cfg.policy)), cfg)
+    policy = save.to_working_copy(save.together(lambda: Policy.from_pretrained(cfg.policy), in_turn=True), cfg)
     policy.check_logits(cfg.policy)
     for name, rows in questions.items():
         answers = answers_of(cfg, policy, {key: row["prompt"] for key, row in rows.items()}, name)

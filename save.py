@@ -1048,7 +1048,7 @@ def save_models(run):
     if "policy" in run.optimizers:
         with replaced_folder(Path(run.cfg.out, "policy"), run.policy.model, run.policy.tokenizer):
             pass
-    say(f"models: {', '.join(map(str, sorted(Path(run.cfg.out).glob('*/config.json'))))}")
+    say(f"models: {', '.join(str(file.parent) for file in sorted(Path(run.cfg.out).glob('*/config.json')))}")
 
 def save_checkpoint(run):
     """checkpoints/step_000123/rank_00000.pt of each rank. Two are kept."""
@@ -1139,7 +1139,8 @@ class Log:
             shown = ("rm_loss", "rm_accuracy", "reward", "reward_spread", "kept", "valid", "value_bias", "kl",
                      "value_loss", "value_target_variance", "step_seconds")
             say(stage, step, *(f" {name} {record[name]:.4g}" for name in shown if name in record))
-            say(*(f"  health: {text}" for text in record.get("health", ())))
+            for text in record.get("health", ()):
+                say(f"  health: {text}")
 
 def record(run, batch, positive, negative, valid):
     """What the filter did and whether V is any good, over all ranks; rank 0's responses go to samples.jsonl."""
