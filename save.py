@@ -369,14 +369,16 @@ class Policy(nn.Module):
 def load(path, kind, **options):
     """(model, tokenizer, names of missing weights) of a folder or hub name; none of its code is run."""
     options.update(dtype="auto", output_loading_info=True, trust_remote_code=False)
-    model, info = kind.from_pretrained(path, **options)
+    with blamed("expected a model folder or hub name"):
+        model, info = kind.from_pretrained(path, **options)
     tokenizer, rows = load_tokenizer(path), model.get_input_embeddings().num_embeddings
     expect(len(tokenizer) <= rows, f"expected an embedding for each of {len(tokenizer)} tokens, it has {rows}")
     return model, tokenizer, set(info["missing_keys"])
 
 def load_tokenizer(path):
     """The tokenizer of a model folder or hub name; it must carry a chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    with blamed("expected a folder or hub name of a model with its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     return tokenizer if tokenizer.chat_template else fail("its tokenizer has no chat template")
 
 def remove_dropout(model):
@@ -932,16 +934,17 @@ def read_rows(source, flag):
         for number, row in enumerate(rows, 1):
             yield f"--{flag} {source} row {number}", row
     except Exception as error:  # json, pyarrow and the hub client raise many types
-        fail(f"--{flag} {source} row {number + 1}: expected JSON, parquet or a hub dataset ({first_line(error)})")
+        where = f" row {number + 1}" if isinstance(error, ValueError) else ""
+        fail(f"--{flag} {source}{where}: expected JSON, parquet or a hub dataset ({first_line(error)})")
     expect(number, f"--{flag} {source}: expected one row or more")
 
 def as_messages(value, where):
     """A chat from a string or from a list of {"role", "content"}."""
     chat = [{"role": "user", "content": value}] if isinstance(value, str) and value.strip() else value
-    with blamed(f'{where}: expected text or a list of {{"role", "content"}}, got {repr(value)[:80]}'):
-        chat = [{key: message[key] for key in ("role", "content")} for message in chat]
-        expect(chat and all(isinstance(text, str) for message in chat for text in message.values()), "no text")
-        return chat
+    fine = isinstance(chat, list) and chat and all(
+        isinstance(message, dict) and isinstance(message.get(key), str) for message in chat for key in ("role", "content"))
+    expect(fine, f'{where}: expected text or a list of {{"role", "content"}} messages, got {repr(value)[:80]}')
+    return [{key: message[key] for key in ("role", "content")} for message in chat]
 
 def read_all(source, flag, parse):
     """parse(row, where) of every row. A bad row of your own file is refused; from a hub set it is dropped."""

@@ -362,9 +362,9 @@ GOOD = {"prompt": "copy a", "chosen": "a", "rejected": "b"}
 @pytest.mark.parametrize("row, said", [
     ({"prompt": "copy a", "chosen": "a"}, "row 2: expected a column rejected (str | list)"),
     ({"prompt": "copy a", "chosen": 3, "rejected": "b"}, "row 2: expected a column chosen (str | list)"),
-    ({"chosen": "a", "rejected": "b"}, "row 2: expected a non-empty string or a list"),
+    ({"chosen": "a", "rejected": "b"}, "row 2: expected text or a list"),
     ("copy a", "row 2: expected a column chosen"),
-    ('{"prompt": ', "row 2: not valid JSON"),
+    ('{"prompt": ', "row 2: expected JSON"),
 ])
 def test_a_bad_row_names_file_and_row(world, tmp_path, capsys, row, said):
     lines = [json.dumps(GOOD), row if isinstance(row, str) and row.startswith("{") else json.dumps(row)]
