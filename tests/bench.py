@@ -70,7 +70,7 @@ def bench_rollout(args):
     long = [tokenizer.decode(tokenizer(filler)["input_ids"][i:i + 270]) for i in (0, 40)]
     cases = {"short": ("3 short prompts", SHORT, 48), "long": ("2 prompts of about 300 tokens", long, 24)}
     for name, prompts, new in (cases[case] for case in args.cases):
-        ids = [save.encode_chat(tokenizer, [{"role": "user", "content": text}], True) for text in prompts]
+        ids = [save.encode_chats(tokenizer, [[{"role": "user", "content": text}]], True)[0] for text in prompts]
         print(f"{name} ({', '.join(str(len(x)) for x in ids)} tokens) x 16, at most {new} new tokens")
         step = iter(range(10 ** 6))
 
@@ -314,7 +314,7 @@ def bench_gains(args):
     """CPU seconds without each technique over those with it, in turn. Rollouts: seconds per token."""
     policy = save.Policy.from_pretrained(args.policy).float()
     rm = save.RewardModel.from_pretrained(args.rm, new_head=True).float()
-    short = [save.encode_chat(policy.tokenizer, [{"role": "user", "content": text}], True) for text in SHORT]
+    short = [save.encode_chats(policy.tokenizer, [[{"role": "user", "content": text}]], True)[0] for text in SHORT]
     long = [ids * 10 for ids in short[:1]]  # of about 350 tokens
     keep_all = without(save.decode, "len(running) <= len(rows) * 7 // 8", "False")
     numbers = torch.Generator().manual_seed(0)
@@ -450,7 +450,7 @@ def bench_phases(args):
              (("policy", AutoModelForCausalLM, args.policy), ("rm", AutoModelForSequenceClassification, args.rm))}
     tokenizer = AutoTokenizer.from_pretrained(args.policy)
     asked = [json.loads(line)["prompt"] for line in open(args.prompts, encoding="utf-8")]
-    prompt = statistics.mean(len(save.encode_chat(tokenizer, [{"role": "user", "content": text}], True))
+    prompt = statistics.mean(len(save.encode_chats(tokenizer, [[{"role": "user", "content": text}]], True)[0])
                              for text in asked)
     tokens = rows * (prompt + result["tokens"])
     flops = {"score": 4 * sizes["rm"] * tokens, "rm_update": 8 * sizes["rm"] * tokens,
@@ -520,7 +520,7 @@ def rewardbench_scores(pipe, rows, size):
 
 def rendered(tokenizer, row, side):
     """One side of a pair in the chat template, as text."""
-    reply = {"role": "assistant", "content": save.last_reply(row[side], "")}
+    reply = {"role": "assistant", "content": save.as_messages(row[side], side)[-1]["content"]}
     return tokenizer.apply_chat_template([*row["prompt"], reply], tokenize=False)
 
 

@@ -70,7 +70,7 @@ def test_without_takes_one_technique_out_of_the_code_as_it_is(world):
     plain = bench.without(save.decode, "len(running) <= len(rows) * 7 // 8", "False")
     assert plain.__code__.co_code != save.decode.__code__.co_code
     sampling = {"seeds": list(range(12)), "max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    ids = [save.encode_chat(policy.tokenizer, [{"role": "user", "content": text}], True) for text in ("copy a", "b")]
+    ids = save.encode_chats(policy.tokenizer, [[{"role": "user", "content": text}] for text in ("copy a", "b")], True)
     positional = (policy, ids, 6, *sampling.values())
     tokens, ended = save.decode(*positional)
     again, ended_again = plain(*positional)

@@ -26,11 +26,11 @@ class Config(save.Config):
 class Run(save.Run):
     """With the frozen reward models, which are loaded before anything is written."""
 
-    def __init__(self, cfg, rm):
-        super().__init__(cfg, rm)
+    def __init__(self, cfg, *others, **more):
+        super().__init__(cfg, *others, **more)
 
         def frozen(path):
-            rm = save.one_rank_at_a_time(lambda: save.RewardModel.from_pretrained(path))
+            rm = save.together(lambda: save.RewardModel.from_pretrained(path), in_turn=True)
             save.expect(rm.has_value_head, f"--label_rms {path}: it holds no value_head.safetensors; run save.py "
                         f"--stage value --rm {path} first (--rm is one of the ensemble)")
             return save.to_working_copy(rm, cfg)

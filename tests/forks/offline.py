@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from transformers import AutoTokenizer
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import save  # noqa: E402
 
@@ -23,13 +21,13 @@ def main(argv=None):
 
     def read_matched(source, flag, parse):
         """Note which prompts are used; drop the pairs of those that are not."""
-        def matched(row, where):
+        def matched(row):
             prompt = row.get("prompt") or row.get("messages") or [*(row.get("chosen") or ())][:-1]
-            prompt = repr(save.as_messages(prompt, where))
+            prompt = repr(save.as_messages(prompt, "prompt"))
             if flag == "pairs":
-                return parse(row, where) if used.get(prompt, True) else None
+                return parse(row) if used.get(prompt, True) else None
             used.setdefault(prompt, False)  # as it stays if the next line refuses the row
-            parsed = parse(row, where)
+            parsed = parse(row)
             used[prompt] |= parsed is not None
             return parsed
         return read_all(source, flag, matched)
@@ -38,7 +36,7 @@ def main(argv=None):
         """The prompts, then the pairs, before anything is written."""
         with mock.patch.object(save, "read_all", read_matched):
             prompts = read_prompts(cfg, tokenizer)
-            pairs[:] = save.read_pairs(cfg, cfg.pairs, "pairs", save.load(cfg.rm, "rm", AutoTokenizer))
+            pairs[:] = save.read_pairs(cfg, cfg.pairs, "pairs", save.load_tokenizer(cfg.rm))
         return prompts
 
     def reward_model_step(run, *_):

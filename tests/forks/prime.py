@@ -22,7 +22,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import save  # noqa: E402
@@ -81,7 +80,8 @@ def token_log_probs(run, sequences):
     """The responses' log-probs under the PRM and under ref, 0 after a response's end, and their mask; all (N,T)."""
     as_policy = dataclasses.replace(run, policy=run.prm, cfg=dataclasses.replace(run.cfg, temperature=1.0))
     lengths = torch.tensor([len(ids) - prompt_length for ids, prompt_length in sequences], device=run.cfg.device)
-    arguments = as_policy, SimpleNamespace(sequences=sequences, lengths=lengths), range(len(sequences))
+    batches = save.micro_batches(range(len(sequences)), sequences, run.cfg.micro_tokens)
+    arguments = as_policy, SimpleNamespace(sequences=sequences, lengths=lengths), batches
     log_probs = save.response_log_probs(*arguments)
     with run.optimizers["prm"].swapped():  # the PRM's initial weights are the reference
         reference = save.response_log_probs(*arguments)
@@ -123,7 +123,7 @@ def learn(run, batch):
 # ---- the run --------------------------------------------------------------------------------------------------------
 def read_pairs(cfg, source, flag, rm_tokenizer):
     """The pairs in the policy's own template and tokens."""
-    return plain.read_pairs(cfg, source, flag, save.load(cfg.policy, "policy", AutoTokenizer))
+    return plain.read_pairs(cfg, source, flag, save.load_tokenizer(cfg.policy))
 
 def heldout_accuracy(run, heldout):
     """Share of pairs with r_phi(chosen) > r_phi(rejected), in percent; a tie is wrong: 0 at the start, where phi = ref.
@@ -151,8 +151,8 @@ def each_step(run, *inputs):
     yield from plain.each_step(run, *inputs)
     run.prm.model.float()  # bf16 would lose steps as small as 1e-6
     optimizer.publish(optimizer.masters)
-    with save.replaced_folder(Path(run.cfg.out, "rm")) as folder:
-        save.write_model(folder, run.prm.model, run.prm.tokenizer)
+    with save.replaced_folder(Path(run.cfg.out, "rm"), run.prm.model, run.prm.tokenizer):
+        pass
     save.say(f"implicit reward model: {Path(run.cfg.out, 'rm')}")
 
 def main(argv=None):

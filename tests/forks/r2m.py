@@ -34,7 +34,6 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import save  # noqa: E402
@@ -143,10 +142,10 @@ def sample(run, *args):
 
 def read_pairs(cfg, source, flag, tokenizer):
     """The same for held-out pairs, which come as text."""
-    words = save.load(cfg.policy, "policy", AutoTokenizer)
+    words = save.load_tokenizer(cfg.policy)
 
     def encode_responses(tokenizer, messages, responses):
-        prompt = save.encode_chat(words, messages, generation_prompt=True)
+        prompt = save.encode_chats(words, [messages], generation_prompt=True)[0]
         said = [words(text, add_special_tokens=False)["input_ids"] for text in responses]
         return [(ids, (length, (*prompt, *reply, words.eos_token_id))) for (ids, length), reply in
                 zip(plain.encode_responses(tokenizer, messages, responses), said)]
