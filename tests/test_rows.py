@@ -35,7 +35,9 @@ def test_new_rows_run_as_they_say(world, tmp_path, rows):
     out = run(world, tmp_path / "out", **rows)
     assert [*metrics(out)] == [("value", 0), ("save", 0), ("save", 1), ("save", 2)] and load_file(out / HEAD)
     assert [rows_of(out / "metrics.jsonl")[0]["config"][name] for name in ("clip_low", "clip_high")] == [0.125, 0.25]
-    rm = save.RewardModel.from_pretrained(run(world, tmp_path / "value", stage="value") / "rm")  # as it was in step 1
+    start = run(world, tmp_path / "value", stage="value")
+    assert distance(start, out, HEAD) > 1e-6  # it goes on learning
+    rm = save.RewardModel.from_pretrained(start / "rm")  # as it was in step 1
     (values, positive, negative, loss), _ = SEEN["loss"]  # of steps 1 and 2
     for value, prompt in zip(values, samples(out)[1], strict=True):
         chats = save.encode_responses(rm.tokenizer, prompt[0]["prompt"], [row["response"] for row in prompt])

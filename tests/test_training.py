@@ -311,10 +311,12 @@ def test_a_step_filters_trains_and_scores_again_as_algorithm_2_says(tmp_path, mo
             anchors.append(run.rm.value(batch.features).tolist())
             return inner(run, batch, *masks)
         monkeypatch.setattr(save, name, call)
-    run.step = 2
-    save.save_step(run, prompts[::-1])
+    run.step, mixed = 2, [None] * 8
+    for place, prompt in zip(save.draw(range(8), 0, "prompts", 4, 4), prompts):  # step 2 takes the second four
+        mixed[place] = prompt
+    save.save_step(run, mixed)
     batch, (kept,) = calls["policy_step"]
-    assert batch.prompts == save.draw(prompts[::-1], 0, "prompts", 4, 4) != prompts[::-1] and batch.step == 2
+    assert batch.prompts == prompts and batch.step == 2
     same(batch.rewards.flatten(), stock_rewards(run.rm.model, batch.chats), 1e-5)  # by the reward model as it is now
     assert len(run.optimizers["policy"].seen) == 1 and 0 < batch.usable.sum() < 32
     if update == "none":
