@@ -28,7 +28,7 @@ import transformers
 from tqdm import tqdm
 
 import save
-from save import RANK, Policy, RewardModel, UsageError, as_messages, fail, last_reply, say
+from save import RANK, Policy, RewardModel, UsageError, as_messages, fail, say
 
 # ---- 1. configuration -----------------------------------------------------------------------------------------------
 
@@ -55,8 +55,6 @@ class EvalConfig:
     top_p: float = 0.8               # Table 8
     top_k: int = 20                  # Table 8
     max_rows: int = 32               # answers decoded together
-
-    checkpointing = False
 
     def checked(self):
         """Refuse what cannot work, naming the flag; replace "auto" and 0 by what will be used."""
@@ -354,8 +352,8 @@ class Benchmark:
 def prepare_pair(row, where, label):
     """Strings or whole chats; the prompt may be left out where chosen is a whole chat."""
     prompt = row.get("prompt") or (row["chosen"][:-1] if isinstance(row["chosen"], list) else None)
-    return {**row, "prompt": as_messages(prompt, where), "chosen": last_reply(row["chosen"], where),
-            "rejected": last_reply(row["rejected"], where)}
+    replies = {side: as_messages(row[side], where)[-1]["content"] for side in ("chosen", "rejected")}
+    return {**row, "prompt": as_messages(prompt, where), **replies}
 
 def prepare_rewardbench2(row, where, label):
     """Right answers first; a prompt of Ties comes in two forms."""
@@ -455,7 +453,7 @@ def read_benchmark(cfg, name):
 def encode(tokenizer, prompt, response, max_length, side="left"):
     """Token ids in the RM's own template, exactly one BOS; too long: cut on that side, BOS kept."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    ids = save.encode_chat(tokenizer, messages + [{"role": "assistant", "content": response}])
+    ids = save.encode_chats(tokenizer, [messages + [{"role": "assistant", "content": response}]])[0]
     start = ids[:1] if ids[0] == tokenizer.bos_token_id else []
     if side == "right":
         return ids[:max_length]
@@ -497,7 +495,7 @@ def score_texts(cfg, rm, cache, texts, name, side="left"):
     """[(prompt, response)] -> scores and the number of texts that were cut. Each different text is scored once."""
     limit = min(cfg.max_length or 16384, getattr(rm.model.config, "max_position_embeddings", None) or sys.maxsize)
     encoded, keys, cut = {}, [], 0
-    for prompt, response in tqdm(texts, desc=f"{name}: tokenize", leave=False, delay=2, disable=RANK > 0):
+    for prompt, response in tqdm(texts, desc=f"{name}: tokenize", leave=False, delay=2, disable=save.NO_BAR):
         ids = encode(rm.tokenizer, prompt, response, limit, side)
         cut += len(ids) == limit and len(encode(rm.tokenizer, prompt, response, sys.maxsize)) > limit
         keys.append(hashlib.sha256(np.array(ids, np.int32).tobytes()).hexdigest()[:32])
@@ -506,7 +504,7 @@ def score_texts(cfg, rm, cache, texts, name, side="left"):
     own = save.mine(sorted(todo, key=lambda key: -len(encoded[key])))
     sequences = [(encoded[key], 1) for key in own]
     batches = save.micro_batches(range(len(own)), sequences, cfg.micro_tokens)
-    for rows in tqdm(batches, desc=name, disable=RANK > 0):
+    for rows in tqdm(batches, desc=name, disable=save.NO_BAR):
         rewards, _ = rm(*save.model_inputs([sequences[i] for i in rows], cfg.device))
         cache.append({own[i]: reward for i, reward in zip(rows, rewards.tolist())})
     # every text was scored by one rank; the others add 0
@@ -521,7 +519,7 @@ def evaluate(cfg, path, benchmarks, first):
 
     benchmarks: {name: rows}; first: the draws of the first reward model, for paired differences.
     """
-    rm = save.to_working_copy(save.one_rank_at_a_time(lambda: RewardModel.from_pretrained(path)), cfg)
+    rm = save.to_working_copy(save.together(lambda: RewardModel.from_pretrained(path), in_turn=True), cfg)
     cache = Cache(cfg.out and Path(cfg.out, "cache"), fingerprint(rm, cfg.device.split(":")[0]))
     results, draws = {}, {}
     for name, rows in benchmarks.items():
@@ -586,7 +584,7 @@ def evaluate_reward_models(cfg):
         results[path], draws = evaluate(cfg, path, benchmarks, first)
         first = first or draws
         if cfg.out and RANK == 0:
-            save.write_json(Path(cfg.out, "results.json"), results)
+            Path(cfg.out, "results.json").write_text(json.dumps(results, indent=1))
     say("\n".join(["", *table(results)]))
 
 # ---- 6. policies: answers -------------------------------------------------------------------------------------------
@@ -597,12 +595,12 @@ def answers_of(cfg, policy, questions, name):
     cache, prompts = Cache(*where), {}
     context = getattr(policy.model.config, "max_position_embeddings", None) or sys.maxsize
     for key, question in questions.items():
-        prompts[key] = save.encode_chat(policy.tokenizer, [{"role": "user", "content": question}], True)
+        [prompts[key]] = save.encode_chats(policy.tokenizer, [[{"role": "user", "content": question}]], True)
         if len(prompts[key]) + cfg.max_new_tokens > context:
             fail(f"--max_new_tokens {cfg.max_new_tokens}: with question {key} of {name}, {len(prompts[key])} tokens, "
                  f"expected at most {context} together, the policy's context")
     todo = save.mine(sorted(prompts.keys() - cache.values.keys(), key=lambda key: (len(prompts[key]), key)))
-    for start in tqdm(range(0, len(todo), cfg.max_rows), desc=f"{name}: answers", disable=RANK > 0):
+    for start in tqdm(range(0, len(todo), cfg.max_rows), desc=f"{name}: answers", disable=save.NO_BAR):
         keys = todo[start:start + cfg.max_rows]
         seeds = [save.seed_for(cfg.seed, "answer", key) for key in keys]
         tokens, ended = save.rollout(policy, [prompts[key] for key in keys], 1, seeds, **sampling)
@@ -617,7 +615,7 @@ def answers_of(cfg, policy, questions, name):
 def evaluate_policy(cfg):
     """All --bench of the policy: answers on every rank, files on rank 0."""
     questions = {name: read_questions(cfg, name) for name in cfg.bench}
-    policy = save.to_working_copy(save.one_rank_at_a_time(lambda: Policy.from_pretrained(cfg.policy)), cfg)
+    policy = save.to_working_copy(save.together(lambda: Policy.from_pretrained(cfg.policy), in_turn=True), cfg)
     policy.check_logits(cfg.policy)
     for name, rows in questions.items():
         answers = answers_of(cfg, policy, {key: row["prompt"] for key, row in rows.items()}, name)
@@ -642,8 +640,9 @@ def read_questions(cfg, name):
 def alpaca_eval(cfg, rows, answers):
     """AlpacaEval 2: model_outputs.json, and the official command that has it judged and scored."""
     file = Path(cfg.out, "alpaca_eval", "model_outputs.json").resolve()
-    save.write_json(file, [{"dataset": row.get("dataset", ""), "instruction": row["prompt"], "output": answers[key],
-                            "generator": cfg.name} for key, row in rows.items()])
+    rows = [{"dataset": row.get("dataset", ""), "instruction": row["prompt"], "output": answers[key],
+             "generator": cfg.name} for key, row in rows.items()]
+    file.write_text(json.dumps(rows, indent=1))
     say("alpaca_eval: for the win rates, after pip install alpaca_eval and with OPENAI_API_KEY\n  alpaca_eval "
         f"--model_outputs '{file}' --annotators_config weighted_alpaca_eval_gpt4_turbo --output_path '{file.parent}'")
 
@@ -693,8 +692,6 @@ def main(argv=None):
         if RANK == 0 or isinstance(error, OSError):
             print(f"eval.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        save.stop_ranks()
 
 if __name__ == "__main__":
     main()

@@ -19,9 +19,12 @@ P prompts of a step on all ranks, G responses each (`group`), N = P*G rows, T to
 by importing it (tests/forks/): a loss is a row of RM_UPDATES, an advantage one of ALGORITHMS, `label` is for judges.
 """
 import argparse
+import atexit
 import contextlib
 import copy
 import dataclasses
+import datetime
+import fcntl
 import gzip
 import hashlib
 import inspect
@@ -33,25 +36,22 @@ import shutil
 import signal
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Callable, NamedTuple
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from jinja2 import TemplateError
-from safetensors import SafetensorError
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-# ---- 1. configuration -----------------------------------------------------------------------------------------------
+# ---- 1. configuration -------------------------------------------------------
 class UsageError(Exception):
     """Bad input: one line, exit code 2, nothing is written."""
 
@@ -74,7 +74,7 @@ class Config:
     prompts: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # .json(l)(.gz), .parquet, hub name
     pairs: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # the same, with chosen and rejected
     heldout: list = dataclasses.field(default_factory=list)  # pairs to log the RM's accuracy on
-    out: str = "out"  # folder for models, metrics.jsonl, samples.jsonl, checkpoints
+    out: str = "out"  # folder for models, logs and checkpoints
     # the method
     steps: int = None  # T; none: 320 (Table 8), in stage preference one pass over the pairs
     batch: int = 32  # prompts (or pairs) per step over all ranks (Table 8)
@@ -82,30 +82,30 @@ class Config:
     m0: float = 0.5  # initial margin of the curriculum, Eq. 14 (Table 8); 0: all are kept
     kl_coef: float = 0.04  # beta, KL to the initial policy (Table 8)
     lr_rm: float = None  # backbone, reward head; none: 1e-7 (Table 8), 1e-5 in stage preference
-    lr_value: float = 1e-5  # value head during SAVE (Table 8)
-    lr_policy: float = 2e-6  # policy (Table 8); 0: it stays, its responses are fresh
+    lr_value: float = 1e-5  # value head (Table 8)
+    lr_policy: float = 2e-6  # policy (Table 8); 0: it stays as it is
     value_k: int = 16  # K responses per prompt in stage value (Table 8)
     value_lr: float = 2e-4  # value head in stage value (Table 8)
-    value_batch: int = 32  # prompts per value-head step in stage value (Table 8)
+    value_batch: int = 32  # prompts per step in stage value (Table 8)
     value_epochs: int = 1  # passes in stage value (Table 8)
     value_prompts: int = 0  # prompts in stage value; 0: as many as SAVE will use
     # sampling
-    max_new_tokens: int = 1024  # longest response (Table 8), also of --prompts and --pairs (F.1)
-    temperature: float = 0.7  # Table 8; log-probs are taken at this temperature too
+    max_new_tokens: int = 1024  # longest response (Table 8), known ones in the data too (F.1)
+    temperature: float = 0.7  # Table 8; log-probs are taken at it too
     top_p: float = 0.8  # Table 8
     top_k: int = 20  # Table 8; 0: off
     # where the paper is silent
     num_minibatches: int = 1  # optimizer steps per rollout; 1: all ratios are 1, GSPO equals GRPO
     clip_low: float = None  # none: of the row of ALGORITHMS, 0.2 or 3e-4 (gspo)
     clip_high: float = None  # none: the same, 0.2 or 4e-4 (gspo)
-    lr_schedule: str = "constant"  # constant, linear (to 0): all learning rates of a stage
+    lr_schedule: str = "constant"  # constant, linear (to 0)
     max_prompt_tokens: int = 1024  # longest prompt, template included, in policy tokens
     # machine
-    dtype: str = "auto"  # working copy (masters: fp32); auto: bfloat16 on a GPU, else float32
+    dtype: str = "auto"  # working copy, masters are fp32; auto: bfloat16 on a GPU, else float32
     device: str = "auto"  # auto: a GPU where there is one
     offload: bool = False  # masters and moments in host memory, and the optimizer step too
     micro_tokens: int = None  # padded tokens per micro-batch; none: 8192 on a GPU, 2048 on a CPU
-    cache_tokens: int = None  # of the rollout; none: 155648 on a GPU; 0: all rows at once
+    cache_tokens: int = None  # decoded together; none: 155648 on a GPU, else 0; 0: all
     seed: int = 0  # randomness is a function of (seed, purpose, step, row)
     save_every: int = 40  # steps between checkpoints, the last two are kept; 0: none
     eval_every: int = 0  # steps between accuracies on --heldout; 0: start and end
@@ -113,17 +113,16 @@ class Config:
 
     def checked(self):
         """Refuse what cannot work; replace every "auto" and none by what will be used."""
-        counts = ("steps", "batch", "group", "value_k", "value_batch", "value_epochs", "temperature",
-                  "max_new_tokens", "max_prompt_tokens", "num_minibatches", "top_p")
-        for name, value in dataclasses.asdict(self).items():
+        above_0 = ("steps", "batch", "group", "value_k", "value_batch", "value_epochs", "max_new_tokens", "temperature",
+                   "max_prompt_tokens", "num_minibatches", "top_p")
+        for name, value in vars(self).items():
             if type(value) in (int, float):
-                most = 1 if name in ("top_p", "m0") else sys.float_info.max
-                expect(0 <= value <= most and (value or name not in counts),
-                       f"--{name} {value}: expected {'above' if name in counts else 'at least'} 0, at most {most}")
+                least = "more than 0" if name in above_0 else "0 or more"
+                expect(0 <= value < math.inf and (value or name not in above_0), f"--{name} {value}: expected {least}")
+        expect(self.m0 <= 1, f"--m0 {self.m0}: expected at most 1")
         ranks = WORLD * self.num_minibatches
-        expect(self.batch % ranks == 0, f"--batch {self.batch}: expected a multiple of {ranks}, ranks x minibatches")
-        expect(self.group > 1 or self.stage in ("preference", "value"),
-               f"--group {self.group}: expected 2 or more, a group is compared with itself")
+        expect(self.batch % ranks == 0, f"--batch {self.batch}: expected a multiple of ranks x minibatches, {ranks}")
+        expect(self.group > 1 or self.stage in ("preference", "value"), f"--group {self.group}: expected 2 or more")
         gpu, preference = self.device != "cpu" and torch.cuda.is_available(), self.stage == "preference"
         expect(gpu or self.device != "cuda", "--device cuda: no GPU here, expected cpu or auto")
         low, high = ALGORITHMS[self.algo].clip
@@ -139,19 +138,19 @@ def parse_config(argv=None, kind=Config):
     choices = {"stage": ["preference", "value", "save"], "algo": [*ALGORITHMS], "rm_update": [*RM_UPDATES],
                "lr_schedule": ["constant", "linear"], "dtype": ["auto", "float32", "bfloat16"],
                "device": ["auto", "cpu", "cuda"]}
-    parser = argparse.ArgumentParser(description=kind.__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = lambda message: fail(message + " (--help lists the flags)")
     source = "".join(inspect.getsource(part) for part in reversed(kind.__mro__[:-1]))  # a fork's Config too
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))
-    for name, field in kind.__dataclass_fields__.items():
+    for field in dataclasses.fields(kind):
         default = "none" if field.default in (None, "", dataclasses.MISSING) else field.default
-        options = {"type": field.type, "choices": choices.get(name)}
+        options = {"type": field.type, "choices": choices.get(field.name)}
         if field.type in (bool, list):
             options = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"nargs": "+"}
-        parser.add_argument("--" + name, help=f"{comments[name]} [{default}]", default=argparse.SUPPRESS, **options)
+        parser.add_argument("--" + field.name, help=f"{comments[field.name]} [{default}]", **options)
     return kind(**vars(parser.parse_args(argv)))
 
-# ---- 2. the maths of the reward model: pure functions of tensors ----------------------------------------------------
+# ---- 2. the maths of the reward model: pure functions of tensors ------------
 def at_least_fp32(x):
     """Losses are taken in fp32 or better."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -171,12 +170,9 @@ def rm_advantages(rewards, values):
 
 def partition(advantages, threshold, usable=None):
     """Eq. 15-17. advantages (P,G) -> positive (P,G), negative (P,G), valid (P,), all bool.
-
-    Kept are rows with sigmoid(|a|) >= threshold, in fp64: 1/2 is exact, no |a| below 36 saturates. a = 0 is positive.
-    """
+    Kept: sigmoid(|a|) >= threshold, in fp64, where 1/2 is exact and no |a| below 36 saturates. a = 0 is positive."""
     keep = torch.sigmoid(advantages.double().abs()) >= threshold
-    if usable is not None:
-        keep = keep & usable
+    keep = keep if usable is None else keep & usable
     positive, negative = keep & (advantages >= 0), keep & (advantages < 0)
     return positive, negative, positive.any(1) & negative.any(1)
 
@@ -185,18 +181,14 @@ def bradley_terry_loss(chosen, rejected):
     return -F.logsigmoid(at_least_fp32(chosen) - at_least_fp32(rejected)).mean()
 
 def contrastive_loss(rewards, values, positive, negative, usable=None):
-    """Eq. 18-20, mean over valid prompts, 0 if there is none. rewards, masks (P,G); values (P,).
-
-    L+ = log(e^V + sum_{Y+} e^R) - mean_{Y+} R     dL+/dR = e^R / (e^V + sum_{Y+} e^R) - 1/|Y+|
-    L- = log(e^V + sum_{Y-} e^R) - V               dL-/dR = e^R / (e^V + sum_{Y-} e^R)
-    V gets no gradient. `usable` is for losses without Y+ and Y-, which are within it.
-    """
+    """Eq. 18-20, mean over valid prompts, 0 if there is none. rewards, masks (P,G); values (P,), without gradient.
+    L+ = log(e^V + sum_{Y+} e^R) - mean_{Y+} R        dL+/dR = e^R / (e^V + sum_{Y+} e^R) - 1/|Y+|
+    L- = log(e^V + sum_{Y-} e^R) - V                  dL-/dR = e^R / (e^V + sum_{Y-} e^R)"""
     rewards, anchor = at_least_fp32(rewards), at_least_fp32(values.detach())
 
-    def log_sum(mask):
-        return torch.cat([anchor[:, None], rewards.masked_fill(~mask, -math.inf)], 1).logsumexp(1)
-
-    loss = log_sum(positive) - masked_mean(rewards, positive, 1) + log_sum(negative) - anchor
+    up, down = (torch.cat([anchor[:, None], rewards.masked_fill(~side, -math.inf)], 1).logsumexp(1)
+                for side in (positive, negative))
+    loss = up - masked_mean(rewards, positive, 1) + down - anchor
     return masked_mean(loss, positive.any(1) & negative.any(1))
 
 def value_loss(values, rewards, usable=None):
@@ -207,40 +199,36 @@ def value_loss(values, rewards, usable=None):
 
 class RMUpdate(NamedTuple):
     """A row of RM_UPDATES: how the reward model learns from the rewards of a batch."""
-    loss: Callable | None     # loss(rewards, values, positive, negative, usable) -> scalar; none: frozen
-    anchor: str               # what V is: "value head" | "group mean" | "" (none, nothing is filtered)
+    loss: Callable | None           # loss(rewards, values, positive, negative, usable) -> scalar; none: frozen
+    anchor: str                     # what V is: "value head" | "group mean" | "" (none, nothing is filtered)
 
 RM_UPDATES = {
     "save": RMUpdate(contrastive_loss, "value head"),
     "mean_reward": RMUpdate(contrastive_loss, "group mean"),  # a baseline of Table 1
-    "none": RMUpdate(None, ""),                               # plain RL, the reward model is frozen
+    "none": RMUpdate(None, ""),                               # plain RL
 }
 
-# ---- 3. the maths of the policy: pure functions of tensors ----------------------------------------------------------
+# ---- 3. the maths of the policy: pure functions of tensors ------------------
 def grpo_advantages(rewards, keep):
     """(r - mean) / (std + 1e-4) over the kept rows of each group. rewards, keep (P,G) -> (P,G).
-
-    Bessel's correction; 0 where not kept or alone. fp64: the fp32 mean of equal numbers may differ from them.
-    """
-    dtype, rewards = rewards.dtype, rewards.double()
-    count = keep.sum(1, keepdim=True)
+    Bessel's correction; 0 where not kept or alone. fp64: the fp32 mean of equal numbers may differ from them."""
+    dtype, rewards, count = rewards.dtype, rewards.double(), keep.sum(1, keepdim=True)
     centred = rewards - masked_mean(rewards, keep, 1)[:, None]
     variance = torch.where(keep, centred ** 2, 0).sum(1, keepdim=True) / (count - 1).clamp(min=1)
     return torch.where(keep & (count > 1), centred / (variance.sqrt() + 1e-4), 0).to(dtype)
 
 def rloo_advantages(rewards, keep):
     """r minus the mean of the other kept rows of its group; 0 as in grpo_advantages. (P,G) -> (P,G)."""
-    dtype, rewards = rewards.dtype, rewards.double()
-    count = keep.sum(1, keepdim=True)
+    dtype, rewards, count = rewards.dtype, rewards.double(), keep.sum(1, keepdim=True)
     others = torch.where(keep, rewards, 0).sum(1, keepdim=True) - rewards
     return torch.where(keep & (count > 1), rewards - others / (count - 1).clamp(min=1), 0).to(dtype)
 
 class Algorithm(NamedTuple):
     """A row of ALGORITHMS: how the policy learns from the rewards of the survivors."""
-    advantages: Callable      # advantages(rewards, keep) -> (P,G)
-    ratio: str                # log-ratio of a row: "token" by token | "mean" of its tokens | their "sum"
-    kl: str                   # "loss": k3 per token in the loss | "reward": k1 of a response in its reward
-    clip: tuple               # (low, high) unless --clip_low and --clip_high say otherwise
+    advantages: Callable            # advantages(rewards, keep) -> (P,G)
+    ratio: str                      # log-ratio of a row: "token" by token | "mean" of its tokens | their "sum"
+    kl: str                         # "loss": k3 per token in the loss | "reward": k1 of a response in its reward
+    clip: tuple                     # (low, high) unless --clip_low and --clip_high say otherwise
 
 ALGORITHMS = {
     "grpo": Algorithm(grpo_advantages, "token", "loss", (0.2, 0.2)),
@@ -250,62 +238,54 @@ ALGORITHMS = {
 
 def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, algo, clip_low, clip_high, kl_coef):
     """Clipped surrogate, mean over a row's tokens, then over rows with any. Log-probs, mask (N,T), advantages (N,[T]).
-
-    `algo`: a row of ALGORITHMS. -> loss, {"kl": k3 = exp(ref - lp) - (ref - lp) - 1, "clipped": share of tokens}.
-    """
-    mask = mask.bool()
+    `algo`: a row of ALGORITHMS. -> loss, {"kl": k3 = exp(ref - lp) - (ref - lp) - 1, "clipped": share of tokens}."""
+    mask, rows = mask.bool(), mask.bool().any(1)
     log_ratio = torch.where(mask, at_least_fp32(log_probs) - at_least_fp32(old_log_probs.detach()), 0)
     of_row = log_ratio.sum(1, keepdim=True)
     mean = of_row / mask.sum(1, keepdim=True).clamp(min=1)
-    log_ratio = {"token": log_ratio, "mean": mean, "sum": of_row}[algo.ratio]
-    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-    advantages = torch.where(mask, advantages, 0)
-    ratio = log_ratio.clamp(max=20).exp()  # beyond any clip; inf times a zero advantage would be nan
+    ratio = {"token": log_ratio, "mean": mean, "sum": of_row}[algo.ratio]
+    ratio = ratio.clamp(max=80).exp()  # not inf, which times a zero advantage would be nan
+    advantages = torch.where(mask, advantages[:, None] if advantages.dim() == 1 else advantages, 0)
     free, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    per_token = -torch.minimum(free, clipped)
     # a masked 0 - 0 = 0 keeps whatever the padding holds out of exp
     gap = torch.where(mask, at_least_fp32(ref_log_probs.detach()) - at_least_fp32(log_probs), 0)
     k3 = gap.exp() - gap - 1
-    if {"loss": True, "reward": False}[algo.kl]:
-        per_token = per_token + kl_coef * k3
-    rows = mask.any(1)
-    stats = {"kl": masked_mean(masked_mean(k3.detach(), mask, 1), rows),
-             "clipped": masked_mean(masked_mean((clipped < free).float(), mask, 1), rows)}
-    return masked_mean(masked_mean(per_token, mask, 1), rows), stats
+    per_token = -torch.minimum(free, clipped)
+    per_token = {"loss": per_token + kl_coef * k3, "reward": per_token}[algo.kl]
+    share = (clipped < free).float()
+    loss, kl, clipped = (masked_mean(masked_mean(x, mask, 1), rows) for x in (per_token, k3.detach(), share))
+    return loss, {"kl": kl, "clipped": clipped}
 
-# ---- 4. the two models ----------------------------------------------------------------------------------------------
+# ---- 4. the two models ------------------------------------------------------
 class RewardModel(nn.Module):
-    """f_omega `model.base_model`, h_phi `model.score`, v_psi `value_head` on the same causal pass (section 4.1).
-
-    A stock sequence classifier with one label. Both heads are fp32: bf16 puts rewards on a coarse grid with ties.
-    """
+    """f_omega `model.base_model`, h_phi `model.score`, v_psi `value_head`; fp32 heads: bf16 would make ties."""
 
     def __init__(self, model, tokenizer, value_head=None):
         super().__init__()
         self.model, self.tokenizer, self.has_value_head = remove_dropout(model), tokenizer, bool(value_head)
         self.model.score.float()
-        self.value_head = nn.Linear(model.score.in_features, 1)
-        self.value_head.load_state_dict(value_head or {"weight": torch.zeros(1, model.score.in_features),
-                                                       "bias": torch.zeros(1)})
+        width = model.score.in_features
+        ids, start = encode_responses(tokenizer, [{"role": "user", "content": "a"}], ["b"])[0]
+        expect(len(ids) > start, "its chat template leaves out the response")
+        self.template_tokens = len(ids) - start - len(tokenizer("b", add_special_tokens=False)["input_ids"])
+        self.value_head = nn.Linear(width, 1)
+        self.value_head.load_state_dict(value_head or {"weight": torch.zeros(1, width), "bias": torch.zeros(1)})
 
     @classmethod
     def from_pretrained(cls, path, new_head=False, seed=0):
         """A folder or hub name in its own precision; `new_head`: a causal LM will do."""
-        tokenizer, config = load(path, "rm", AutoTokenizer), load(path, "rm", AutoConfig)
-        has_head = any("SequenceClassification" in name for name in config.architectures or [])
-        expect(has_head and config.num_labels == 1 or not has_head and new_head, f"--rm {path}: expected a sequence "
-               f"classifier with 1 label, got {config.architectures} (--stage preference makes one of a causal LM)")
-        model = load(path, "rm", AutoModelForSequenceClassification, num_labels=1, dtype="auto",
-                     may_miss=() if has_head else ("score.weight",))
-        expect(isinstance(getattr(model, "score", None), nn.Linear),
-               f"--rm {path}: expected a causal model with a linear `score` head, got {type(model).__name__}")
-        if not has_head:
-            numbers = torch.Generator().manual_seed(seed_for(seed, "reward head"))
-            noise = torch.randn(model.score.weight.shape, generator=numbers)
-            model.score.weight.data = noise / (model.score.in_features + 1) ** 0.5
-        encode_responses(tokenizer, [{"role": "user", "content": "a"}], ["b"])
-        head = Path(path) / "value_head.safetensors"
-        return cls(model, tokenizer, safetensors.torch.load_file(head) if head.is_file() else None)
+        with blamed(f"--rm {path}"):
+            model, tokenizer, missing = load(path, AutoModelForSequenceClassification, num_labels=1)
+            expect(not missing or new_head and missing == {"score.weight"}, "expected a reward model, it lacks weights "
+                   f"({', '.join(sorted(missing))}; --stage preference makes one of a causal LM)")
+            expect(isinstance(getattr(model, "score", None), nn.Linear),
+                   f"expected a causal model with a linear `score` head, got {type(model).__name__}")
+            if missing:
+                numbers = torch.Generator().manual_seed(seed_for(seed, "reward head"))
+                noise = torch.randn(model.score.weight.shape, generator=numbers)
+                model.score.weight.data = noise / (model.score.in_features + 1) ** 0.5
+            head = Path(path) / "value_head.safetensors"
+            return cls(model, tokenizer, safetensors.torch.load_file(head) if head.is_file() else None)
 
     def features(self, input_ids, lengths, prompt_lengths):
         """Hidden states (N,H), fp32: at the last token for R, at the last prompt token for V."""
@@ -318,7 +298,7 @@ class RewardModel(nn.Module):
         return self.value_head(features.detach()).squeeze(-1)
 
     def forward(self, input_ids, lengths, prompt_lengths):
-        """input_ids (N,T) right-padded, lengths (N,) twice -> rewards (N,), values (N,)."""
+        """input_ids (N,T) right-padded, lengths and prompt_lengths (N,) -> rewards (N,), values (N,)."""
         last, prompt = self.features(input_ids, lengths, prompt_lengths)
         return self.model.score(last).squeeze(-1), self.value(prompt)
 
@@ -326,16 +306,16 @@ class RewardModel(nn.Module):
         """A stock AutoModelForSequenceClassification folder in fp32 and value_head.safetensors."""
         config, tokenizer = copy.deepcopy(self.model.config), copy.deepcopy(self.tokenizer)
         # stock pooling reads the last token that is not the pad id: it must not end a chat
-        never = None, encode_chat(tokenizer, [{"role": role, "content": "a"} for role in ("user", "assistant")])[-1]
+        chat = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+        never = None, encode_chats(tokenizer, [chat])[0][-1]
         spare = config.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, 0, 1
         config.pad_token_id = next(i for i in spare if i not in never)
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
         with torch.device("meta"):
             stock = type(self.model)(config)
-        stock.load_state_dict({name: x.float() if x.is_floating_point() else x
-                               for name, x in self.model.state_dict().items()}, assign=True)
-        with replaced_folder(path) as folder:
-            write_model(folder, stock, tokenizer)
+        state = self.model.state_dict().items()
+        stock.load_state_dict({name: x.float() if x.is_floating_point() else x for name, x in state}, assign=True)
+        with replaced_folder(path, stock, tokenizer) as folder:
             if self.has_value_head and RANK == 0:  # weight (1,H) and bias (1,), fp32
                 safetensors.torch.save_model(self.value_head, folder / "value_head.safetensors")
 
@@ -352,29 +332,27 @@ class Policy(nn.Module):
     @classmethod
     def from_pretrained(cls, path):
         """A folder or hub name in its own precision."""
-        names = load(path, "policy", AutoConfig).architectures or []
-        expect(not any("SequenceClassification" in name for name in names),
-               f"--policy {path}: expected a causal language model, not {names}")
-        policy = cls(load(path, "policy", AutoModelForCausalLM, dtype="auto"), load(path, "policy", AutoTokenizer))
-        expect(policy.eos_ids, f"--policy {path}: expected an EOS token in its tokenizer")
-        return policy
-
-    def logits(self, hidden):
-        """The output layer alone, fp32. hidden (...,H) -> (...,vocabulary)."""
-        return self.model.get_output_embeddings()(hidden).float()
+        with blamed(f"--policy {path}"):
+            model, tokenizer, missing = load(path, AutoModelForCausalLM)
+            expect(not missing and "CausalLM" in str(model.config.architectures),
+                   f"expected a causal language model, got {model.config.architectures}")
+            policy = cls(model, tokenizer)
+            return policy if policy.eos_ids else fail("expected an EOS token in its tokenizer")
 
     @torch.no_grad()
     def check_logits(self, path):
         """What a model does behind its output layer (scale, cap) would spoil every ratio."""
         ids = torch.arange(3, 11, device=self.model.device)[None] % self.model.config.vocab_size
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        own = self.model(ids).logits.float()
-        expect(torch.allclose(self.logits(hidden), own, rtol=1e-2, atol=1e-2), f"--policy {path}: expected a plain "
-               f"output layer, {type(self.model).__name__} scales or caps its logits")
+        plain, own = self.model.get_output_embeddings()(hidden), self.model(ids).logits
+        expect(own.isfinite().all(), f"--policy {path}: expected finite weights, its logits are not")
+        expect(torch.allclose(plain.float(), own.float(), rtol=1e-2, atol=1e-2),
+               f"--policy {path}: expected a plain output layer, {type(self.model).__name__} scales or caps it")
 
     def token_log_probs(self, hidden, targets, temperature):
         """log pi(target) over the full vocabulary. hidden (M,H), targets (M,) -> (M,)."""
-        return -F.cross_entropy(self.logits(hidden) / temperature, targets, reduction="none")
+        logits = self.model.get_output_embeddings()(hidden).float()
+        return -F.cross_entropy(logits / temperature, targets, reduction="none")
 
     def forward(self, input_ids, lengths, prompt_lengths, temperature, chunk=512):
         """input_ids (n,T) right-padded -> log_probs and mask (n,R) of response tokens; logits exist for a `chunk`."""
@@ -383,32 +361,25 @@ class Policy(nn.Module):
         mask = torch.arange(int(counts.max()), device=input_ids.device) < counts[:, None]
         rows, offsets = mask.nonzero(as_tuple=True)
         position = prompt_lengths[rows] + offsets  # a token is predicted by the state before it
-        hidden, targets = hidden[rows, position - 1], input_ids[rows, position]
-        pieces = [checkpoint(self.token_log_probs, h, t, temperature, use_reentrant=False)
-                  for h, t in zip(hidden.split(chunk), targets.split(chunk))]
-        log_probs = torch.zeros(mask.shape, device=mask.device)
-        return log_probs.masked_scatter(mask, torch.cat(pieces)), mask
+        hidden, targets = hidden[rows, position - 1].split(chunk), input_ids[rows, position].split(chunk)
+        log_probs = torch.cat([checkpoint(self.token_log_probs, h, t, temperature, use_reentrant=False)
+                               for h, t in zip(hidden, targets)])
+        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs), mask
 
-def load(path, flag, kind, may_miss=(), **options):
-    """kind.from_pretrained(path), or one line that says why not; none of its code is run."""
-    is_model = kind in (AutoModelForCausalLM, AutoModelForSequenceClassification)
-    try:
-        options.update({"output_loading_info": True} if is_model else {})
-        loaded = kind.from_pretrained(path, trust_remote_code=False, **options)
-    except Exception as error:  # transformers and the hub client raise many types
-        fail(f"--{flag} {path}: expected a folder or hub name ({first_line(error)})")
-    model, info = loaded if is_model else (loaded, {"missing_keys": ()})
-    missing = sorted(set(info["missing_keys"]) - set(may_miss))
-    expect(not missing, f"--{flag} {path}: it has no weights for {', '.join(missing)[:80]}")
-    expect(kind is not AutoTokenizer or model.chat_template,
-           f"--{flag} {path}: its tokenizer has no chat template")
-    return model
+def load(path, kind, **options):
+    """(model, tokenizer, names of missing weights) of a folder or hub name; none of its code is run."""
+    options.update(dtype="auto", output_loading_info=True, trust_remote_code=False)
+    with blamed("expected a model folder or hub name"):
+        model, info = kind.from_pretrained(path, **options)
+    tokenizer, rows = load_tokenizer(path), model.get_input_embeddings().num_embeddings
+    expect(len(tokenizer) <= rows, f"expected an embedding for each of {len(tokenizer)} tokens, it has {rows}")
+    return model, tokenizer, set(info["missing_keys"])
 
-def write_model(folder, model, tokenizer):
-    """A stock Hugging Face folder, written by rank 0."""
-    if RANK == 0:
-        model.save_pretrained(folder, max_shard_size="5GB")  # bytes of a file go through the host
-        tokenizer.save_pretrained(folder)
+def load_tokenizer(path):
+    """The tokenizer of a model folder or hub name; it must carry a chat template."""
+    with blamed("expected a folder or hub name of a model with its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    return tokenizer if tokenizer.chat_template else fail("its tokenizer has no chat template")
 
 def remove_dropout(model):
     """Every dropout rate 0: two passes over the same rows must give the same numbers."""
@@ -424,23 +395,21 @@ def to_working_copy(module, cfg):
     for p in body.parameters():
         p.data = p.data.to(cfg.device, getattr(torch, cfg.dtype))
     if cfg.device != "cpu":  # recompute activations in the backward pass
-        module.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = module.model  # the second name is that of transformers before 5.23
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
     return module.to(cfg.device)
 
-# ---- 5. rollout -----------------------------------------------------------------------------------------------------
+# ---- 5. rollout -------------------------------------------------------------
 def sample_tokens(logits, uniforms, temperature, top_p, top_k):
-    """One token per row, its cumulative distribution inverted at `uniforms`. (n,V), (n,) -> (n,). T = 0 is greedy.
-
-    Temperature, top-k, top-p over what is left, as in transformers. Top-k first: 20 numbers are sorted.
-    """
+    """A token per row: temperature (0: greedy), top-k, top-p over what is left, at `uniforms`. (n,V), (n,) -> (n,)."""
     if temperature == 0:
         return logits.argmax(-1)
+    vocabulary = logits.shape[-1]
+    ids = torch.arange(vocabulary, device=logits.device).expand_as(logits)
     if top_k or top_p < 1:
-        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
-    else:
-        ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
+        logits, ids = logits.topk(min(top_k or vocabulary, vocabulary))
     probs = (logits.double() / temperature).softmax(-1)
-    probs = torch.where(probs.cumsum(-1) - probs < top_p, probs, 0)  # the smallest set of top_p
+    probs = torch.where(probs.cumsum(-1) - probs < top_p, probs, 0)  # the smallest set that reaches top_p
     cumulative = probs.cumsum(-1)
     uniforms = uniforms[:, None].double() * cumulative[:, -1:]
     return ids.gather(1, torch.searchsorted(cumulative, uniforms, right=True))[:, 0]
@@ -448,32 +417,28 @@ def sample_tokens(logits, uniforms, temperature, top_p, top_k):
 @torch.no_grad()
 def rollout(policy, prompt_ids, group, seeds, *, max_new_tokens, temperature, top_p, top_k, cache_tokens=0):
     """`group` responses to each of P token lists -> P*group token lists (with EOS), and whether each ended.
-
-    A row has its own seed: it does not depend on the batch. In waves of at most `cache_tokens` (0: one wave).
-    """
+    A row has its own seed: it does not depend on the batch. In waves of at most `cache_tokens` (0: one wave)."""
     responses, ended = [None] * len(seeds), [None] * len(seeds)
     caches = [(range(group * (len(ids) + max_new_tokens)), 0) for ids in prompt_ids]
     for wave in micro_batches(range(len(prompt_ids)), caches, cache_tokens or sys.maxsize):
         rows = [prompt * group + g for prompt in wave for g in range(group)]
-        tokens, done = decode(policy, [prompt_ids[prompt] for prompt in wave], group,
-                              [seeds[row] for row in rows], max_new_tokens, temperature, top_p, top_k)
+        tokens, done = decode(policy, [prompt_ids[prompt] for prompt in wave], group, [seeds[row] for row in rows],
+                              max_new_tokens, temperature, top_p, top_k)
         for row, ids, end in zip(rows, tokens.tolist(), done.tolist()):
             responses[row], ended[row] = [token for token in ids if token >= 0], end
     return responses, ended
 
 def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
-    """One wave: prefill each prompt once. -> tokens (n,R), -1 after the end; ended (n,)."""
+    """One wave: prefill each prompt once, then decode all rows. -> tokens (n,R), -1 after the end; ended (n,)."""
     model, device = policy.model, policy.model.device
     lengths = torch.tensor([len(ids) for ids in prompt_ids], device=device)
     width = int(lengths.max())
-    ids = torch.zeros(len(prompt_ids), width, dtype=torch.long)
-    for i, prompt in enumerate(prompt_ids):  # left-padded: next tokens go into the same column
-        ids[i, width - len(prompt):] = torch.tensor(prompt)
+    # left-padded: every row's next token goes into the same column
+    ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
     mask = torch.arange(width + max_new_tokens, device=device) >= width - lengths[:, None]
-    cache = DynamicCache(config=model.config)
-    logits = model(input_ids=ids.to(device), attention_mask=mask[:, :width].long(),
-                   position_ids=(mask[:, :width].cumsum(1) - 1).clamp(min=0),
-                   past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    cache = transformers.DynamicCache(config=model.config)
+    logits = model(input_ids=ids, attention_mask=mask[:, :width].long(), past_key_values=cache, logits_to_keep=1,
+                   position_ids=(mask[:, :width].cumsum(1) - 1).clamp(min=0)).logits[:, -1]
     cache.batch_repeat_interleave(group)
     logits, mask, position = (x.repeat_interleave(group, 0) for x in (logits, mask, lengths))
 
@@ -482,7 +447,7 @@ def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
     stop_ids = torch.tensor(policy.eos_ids, device=device)
     tokens = torch.full((len(seeds), max_new_tokens), -1, device=device)
     ended = torch.zeros(len(seeds), dtype=torch.bool, device=device)
-    rows = torch.arange(len(seeds), device=device)  # those still in the batch
+    rows = torch.arange(len(seeds), device=device)  # the rows still in the batch
     for t in range(max_new_tokens):
         token = sample_tokens(logits, uniforms[rows, t], *sampling)
         tokens[rows, t] = torch.where(ended[rows], -1, token)
@@ -490,16 +455,15 @@ def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
         running = (~ended[rows]).nonzero()[:, 0]
         if len(running) == 0 or t == max_new_tokens - 1:
             break
-        if len(running) <= len(rows) * 7 // 8:  # it copies the cache: not for every single row
+        if len(running) <= len(rows) * 7 // 8:  # dropping copies the cache, so not for every single row
             cache.batch_select_indices(running)
             rows, token, mask, position = (x[running] for x in (rows, token, mask, position))
-        logits = model(input_ids=token[:, None], attention_mask=mask[:, :width + t + 1].long(),
-                       position_ids=position[:, None], past_key_values=cache,
-                       logits_to_keep=1).logits[:, -1]
+        logits = model(input_ids=token[:, None], attention_mask=mask[:, :width + t + 1].long(), past_key_values=cache,
+                       position_ids=position[:, None], logits_to_keep=1).logits[:, -1]
         position = position + 1
     return tokens, ended
 
-# ---- 6. the updates of Algorithm 2 ----------------------------------------------------------------------------------
+# ---- 6. the updates of Algorithm 2 ------------------------------------------
 @dataclasses.dataclass
 class Run:
     """What a stage works with."""
@@ -508,42 +472,40 @@ class Run:
     policy: Policy = None
     log: "Log" = None
     optimizers: dict = dataclasses.field(default_factory=dict)  # of "rm", "value" and "policy" those in training
-    step: int = 1                  # under way
+    step: int = 1  # under way
+    inputs: dict = dataclasses.field(default_factory=dict)  # digests, for the checkpoint
+    lr_scale: float = 1.0  # of all learning rates, see `schedule`
 
-    @property
-    def lr_scale(self):
-        """Learning-rate factor of this step, 1 .. T."""
-        return 1 - (self.step - 1) / self.cfg.steps if self.cfg.lr_schedule == "linear" else 1.0
+    def schedule(self, done, steps):
+        """Set the learning rates' factor after `done` of so many steps."""
+        self.lr_scale = 1 - done / steps if self.cfg.lr_schedule == "linear" else 1.0
 
 @dataclasses.dataclass
 class Batch:
     """One step's responses: tensors (P,G) of all ranks, lists of this rank's rows, prompt by prompt."""
     step: int
-    prompts: list                  # (messages, policy ids) of this rank's prompts
-    texts: list                    # responses, decoded
-    chats: list                    # (ids, prompt_length) of prompt and response in the reward model's tokens
-    sequences: list                # the same in the policy's tokens
-    lengths: torch.Tensor          # (P,G) response tokens
-    ended: torch.Tensor            # (P,G) bool: by EOS, not by --max_new_tokens
-    usable: torch.Tensor           # (P,G) bool: ended, and short enough for the reward model's update
-    rewards: torch.Tensor = None   # (P,G)
+    prompts: list  # (messages, policy ids) of this rank's prompts
+    texts: list  # responses, decoded
+    chats: list  # (ids, prompt_length) of prompt and response in the reward model's tokens
+    sequences: list  # the same in the policy's tokens
+    lengths: torch.Tensor  # (P,G) response tokens
+    ended: torch.Tensor  # (P,G) bool: by EOS, not by --max_new_tokens
+    usable: torch.Tensor  # (P,G) bool: ended, and short enough for the reward model's update
+    rewards: torch.Tensor = None  # (P,G)
     features: torch.Tensor = None  # (P,H) at the end of the prompt, for V
 
 def sample(run, prompts, group, step, purpose="rollout"):
     """`group` responses to each of this rank's `prompts`, also in the reward model's words."""
     cfg, own = run.cfg, mine(prompts)
     seeds = [seed_for(cfg.seed, purpose, step, p, g) for p in mine(range(len(prompts))) for g in range(group)]
+    options = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "cache_tokens")}
     with run.log.time("rollout"):
-        responses, ended = rollout(
-            run.policy, [ids for _, ids in own], group, seeds, max_new_tokens=cfg.max_new_tokens,
-            temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, cache_tokens=cfg.cache_tokens)
+        responses, ended = rollout(run.policy, [ids for _, ids in own], group, seeds, **options)
     # the policy's tokens mean nothing to the reward model: decode, apply its template, tokenize with its tokenizer
     texts = run.policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
     chats = [chat for i, (messages, _) in enumerate(own)
              for chat in encode_responses(run.rm.tokenizer, messages, texts[i * group:(i + 1) * group])]
-    short = [len(ids) - length <= cfg.max_new_tokens + 32 for ids, length in chats]  # 32: the template's own
-    context = getattr(run.rm.model.config, "max_position_embeddings", None) or sys.maxsize
-    chats = [(ids[:context], min(length, context)) for ids, length in chats]
+    short = [len(ids) - length - run.rm.template_tokens <= cfg.max_new_tokens for ids, length in chats]
     asked = [ids for _, ids in own for _ in range(group)]
     sequences = [(ids + response, len(ids)) for ids, response in zip(asked, responses)]
     numbers = torch.tensor([ended, short, [len(ids) for ids in responses]], device=cfg.device)
@@ -552,11 +514,8 @@ def sample(run, prompts, group, step, purpose="rollout"):
 
 @torch.no_grad()
 def score(rm, sequences, budget):
-    """[(ids, prompt_length)] -> rewards (N,) and prompt features (N,H) for V, without gradients.
-
-    Equal sequences are scored once: rounding must not rank equal responses.
-    """
-    device, count, first = rm.value_head.weight.device, len(sequences), {}
+    """[(ids, prompt_length)] -> rewards (N,) and prompt features (N,H) for V, without gradients."""
+    device, count, first = rm.value_head.weight.device, len(sequences), {}  # equal ones once: rounding must not rank
     same = [first.setdefault((tuple(ids), length), row) for row, (ids, length) in enumerate(sequences)]
     rewards, features = torch.empty(count, device=device), torch.empty(count, rm.value_head.in_features, device=device)
     for rows in micro_batches(first.values(), sequences, budget):
@@ -578,13 +537,12 @@ def anchor(run, batch):
     """V (P,): of the value head, or the group mean, also where only the logs show it."""
     if RM_UPDATES[run.cfg.rm_update].anchor == "value head":
         return run.rm.value(batch.features)
-    return masked_mean(batch.rewards, batch.usable, 1)
+    usable = batch.usable | ~batch.usable.any(1, keepdim=True)  # a group without usable rows: the mean of all
+    return masked_mean(batch.rewards, usable, 1)
 
 def label(run, batch):
     """(P,G): the sign makes Y+ and Y-, the size decides what is kept. Eq. 13, R - V.
-
-    A verifier, a judge or an ensemble goes here (tests/forks/); inf and -inf are always kept.
-    """
+    A verifier, a judge or an ensemble goes here (tests/forks/); inf and -inf are always kept."""
     return rm_advantages(batch.rewards, anchor(run, batch))
 
 def filtered(run, batch, usable=None):
@@ -596,11 +554,9 @@ def filtered(run, batch, usable=None):
 
 def reward_model_step(run, batch, positive, negative):
     """Step 2, Eq. 18-20, on backbone and reward head. True if there was anything to learn from.
-
     The loss needs all rewards of a group at once, memory holds a few rows. But scoring has given the rewards: take
     dL/dR on those (P,G) numbers, then back-propagate sum(R * dL/dR) in any micro-batches. Exact, and rows whose dL/dR
-    is 0 (filtered, one-sided prompts) cost nothing.
-    """
+    is 0 (filtered, one-sided prompts) cost nothing."""
     rewards = batch.rewards.clone().requires_grad_()
     loss = RM_UPDATES[run.cfg.rm_update].loss(rewards, anchor(run, batch), positive, negative, batch.usable)
     weights = torch.autograd.grad(loss, rewards)[0]
@@ -626,10 +582,11 @@ def value_step(run, rewards, features, usable):
     return loss.item()
 
 @torch.no_grad()
-def response_log_probs(run, batch, rows):
-    """Log-probs (N/W,R) of this rank's `rows` under the working copy, 0 elsewhere."""
+def response_log_probs(run, batch, batches):
+    """Log-probs (N/W,R) under the working copy, 0 where there is none; in the training pass's micro-batches, since
+    others round differently: in bf16 that alone clips a tenth of GSPO's rows."""
     result = torch.zeros(len(batch.sequences), int(batch.lengths.max()), device=run.cfg.device)
-    for part in micro_batches(rows, batch.sequences, run.cfg.micro_tokens):
+    for part in batches:
         inputs = model_inputs([batch.sequences[row] for row in part], run.cfg.device)
         log_probs, _ = run.policy(*inputs, run.cfg.temperature)
         result[part, :log_probs.shape[1]] = log_probs
@@ -649,12 +606,15 @@ def policy_step(run, batch, keep):
     if not trained.any():
         return
     rows, old, reference = mine(trained).flatten().nonzero()[:, 0].tolist(), None, None
+    chunks = torch.arange(len(keep)).chunk(cfg.num_minibatches)  # by prompt, in the global order
+    parts = [[row for row in rows if RANK + WORLD * (row // group) in chunk] for chunk in chunks]
+    batches = [micro_batches(part or [0], batch.sequences, cfg.micro_tokens) for part in parts]
     with run.log.time("log_probs"):
         if cfg.num_minibatches > 1 or algorithm.kl == "reward":
-            old = response_log_probs(run, batch, rows)
+            old = response_log_probs(run, batch, sum(batches, []))
         if cfg.kl_coef:
             with run.optimizers["policy"].swapped():
-                reference = response_log_probs(run, batch, rows)
+                reference = response_log_probs(run, batch, sum(batches, []))
     advantages = policy_advantages(run, batch, trained, old, reference)
 
     def micro_loss(model, rows):
@@ -666,15 +626,13 @@ def policy_step(run, batch, keep):
         initial = log_probs if reference is None else reference[rows, :width]
         loss, stats = policy_loss(log_probs, before, initial, own, mask, algo=algorithm, clip_low=cfg.clip_low,
                                   clip_high=cfg.clip_high, kl_coef=cfg.kl_coef)
-        weight = len(rows) / count if part_rows else 0  # 0 for a rank that only takes part
+        weight = len(rows) / count if part else 0  # 0 for a rank that only takes part
         return loss * weight, (loss * weight, stats["kl"] * weight, stats["clipped"] * weight)
 
     sums = []
-    for part in torch.arange(len(keep)).chunk(cfg.num_minibatches):  # by prompt, in the global order
-        count = int(trained[part].sum())  # rows of this minibatch on all ranks
-        part_rows = [row for row in rows if RANK + WORLD * (row // group) in part]
-        batches = micro_batches(part_rows or [0], batch.sequences, cfg.micro_tokens)
-        sums += [train_on(run, "policy", batches, micro_loss)] if count else []
+    for chunk, part, micro in zip(chunks, parts, batches):
+        count = int(trained[chunk].sum())  # rows of this minibatch on all ranks
+        sums += [train_on(run, "policy", micro, micro_loss)] if count else []
     loss, kl, clipped = (sum(column) / len(sums) for column in zip(*sums))
     run.log.put(policy_loss=loss, kl=kl, clipped=clipped, survivors=trained.float().mean())
 
@@ -700,16 +658,17 @@ def learn(run, batch):
     before = batch.rewards
     if row.loss and reward_model_step(run, batch, positive, negative):  # 2: the reward model
         score_batch(run, batch)
-        log.deflation *= (batch.rewards.std(1).mean() / before.std(1).mean()).item()
+        spread = before.std(1).mean()
+        log.deflation *= (batch.rewards.std(1).mean() / spread).item() if spread > 0 else 1
         log.put(reward_shift=(batch.rewards - before).abs().mean(), deflation=log.deflation)
-    if row.anchor == "value head":
+    if row.anchor == "value head" and batch.usable.any():
         log.put(value_loss=value_step(run, batch.rewards, batch.features, batch.usable))
 
     positive, negative, _ = filtered(run, batch)  # 3: the policy, with truncated responses
     policy_step(run, batch, positive | negative)
     log.put(health=health(run))
 
-# ---- 7. stages ------------------------------------------------------------------------------------------------------
+# ---- 7. stages --------------------------------------------------------------
 def preference_step(run, pairs):
     """Stage preference: one step of Eq. 11 on the next pairs, those of all ranks."""
     cfg = run.cfg
@@ -726,10 +685,7 @@ def preference_step(run, pairs):
     run.log.put(rm_loss=loss, rm_accuracy=accuracy)
 
 def value_stage(run, prompts):
-    """Stage value, Eq. 12: V towards the mean reward of K responses of the policy; the reward model is frozen.
-
-    Prompts are sampled and scored once; rewards and features are kept, so further epochs cost nothing.
-    """
+    """Stage value, Eq. 12: V towards the mean reward of K responses, sampled and scored once; R is frozen."""
     cfg, batches = run.cfg, []
     count = cfg.value_prompts or min(len(prompts), cfg.batch * cfg.steps)
     count = max(1, count // cfg.batch) * cfg.batch  # whole batches: every rank has the same number of prompts
@@ -740,19 +696,26 @@ def value_stage(run, prompts):
         batches.append((batch.rewards, batch.features, batch.usable))
     data = rewards, features, usable = [torch.cat(tensors) for tensors in zip(*batches)]
     run.optimizers["value"] = ShardedAdamW(run.rm.value_head, cfg.value_lr, cfg)
-    for _ in range(cfg.value_epochs):
-        for part in torch.arange(count).split(cfg.value_batch):
+    parts = torch.arange(count).split(cfg.value_batch) * cfg.value_epochs
+    for done, part in enumerate(parts):
+        run.schedule(done, len(parts))
+        if usable[part].any():
             value_step(run, *(x[part] for x in data))
     run.rm.has_value_head = True
-    error = value_loss(run.rm.value(features), rewards, usable).item()
-    variance = masked_mean(rewards, usable, 1).var(correction=0).item()
-    run.log.put(value_loss=error, value_target_variance=variance)
+    run.log.put(value_loss=value_loss(run.rm.value(features), rewards, usable),
+                value_target_variance=masked_mean(rewards, usable, 1).var(correction=0))
     run.log.write(0, "value")
-    say(f"value head: squared error {error:.4g} on its own {count} prompts, variance of the targets {variance:.4g}")
 
 def each_step(run, heldout, stage, saved):
     """Yield at each step; around them resume, evaluate, log, save, and listen to SIGTERM and Ctrl-C."""
-    cfg, asked, done = run.cfg, [], load_checkpoint(run, saved)
+    cfg, asked, done = run.cfg, [], saved[0]["step"] if saved else 0
+    for name, optimizer in run.optimizers.items() if saved else ():
+        states = [state["optimizers"][name] for state in saved]  # of however many ranks there were
+        lacking = optimizer.masters.keys() - set().union(*states)
+        expect(not lacking, f"--resume: the checkpoint lacks {sorted(lacking)[:1]} of {name}")
+        for state in states:
+            optimizer.load_state_dict(state)
+        optimizer.publish(optimizer.masters)
     for number in (signal.SIGTERM, signal.SIGINT):  # `main` puts the old handlers back
         signal.signal(number, lambda *_: asked.append(True))
     if not done:
@@ -760,6 +723,7 @@ def each_step(run, heldout, stage, saved):
         run.log.write(0, stage)
     for run.step in tqdm(range(done + 1, cfg.steps + 1), stage, disable=NO_BAR):
         start = time.perf_counter()
+        run.schedule(run.step - 1, cfg.steps)
         yield
         run.log.put(step_seconds=time.perf_counter() - start)
         if run.step == cfg.steps or cfg.eval_every and run.step % cfg.eval_every == 0:
@@ -780,14 +744,12 @@ def heldout_accuracy(run, heldout):
         run.log.put(**{f"accuracy_{name}": accuracy})
         say(f"  accuracy on {name}: {accuracy:.2f} % of {len(pairs)} pairs")
 
-# ---- 8. optimizer and offload ---------------------------------------------------------------------------------------
+# ---- 8. optimizer and offload -----------------------------------------------
 class ShardedAdamW:
-    """AdamW on fp32 masters, whole parameters dealt to ranks (ZeRO-1): 12 bytes each / WORLD.
-
-    The model keeps a working copy in any precision; bf16 alone would not move at lr 1e-7. With `keep_initial` each rank
-    keeps its share of the initial weights: `swapped` makes the reference model of them in the policy's own storage.
-    """
-    max_norm = 1.0                 # gradients are clipped to it
+    """AdamW on fp32 masters, whole parameters dealt to ranks (ZeRO-1): 12 bytes each / WORLD. The model keeps a working
+    copy in any precision; bf16 alone would not move at lr 1e-7. With `keep_initial` each rank keeps its share of the
+    initial weights: `swapped` makes the reference model of them in the policy's own storage."""
+    max_norm = 1.0                   # gradients are clipped to it
 
     def __init__(self, model, lr, cfg, keep_initial=False):
         self.lr, self.device = lr, "cpu" if cfg.offload else cfg.device
@@ -845,7 +807,7 @@ class ShardedAdamW:
             master.data.copy_(moments.pop("master"))
             self.adamw.state[master] = {key: x.to(self.device, copy=True) for key, x in moments.items()}
 
-# ---- 9. ranks: the only place that knows torch.distributed ----------------------------------------------------------
+# ---- 9. ranks: the only place that knows torch.distributed ------------------
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
                            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 NO_BAR = None if RANK == 0 else True  # of tqdm: bars are for rank 0, on a terminal
@@ -855,28 +817,32 @@ def start_ranks(device):
     if device != "cpu":
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
+        patience = datetime.timedelta(hours=2)  # one rank may decode much longer than another
         # after a restart torchrun's store still holds the addresses of the dead ranks (pytorch issue 135712)
         attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", timeout=patience))[0])
         dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=RANK, world_size=WORLD,
-                                timeout=timedelta(hours=2))  # one rank may decode much longer than another
-
-def stop_ranks():
-    """Leave the process group."""
-    if WORLD > 1 and dist.is_initialized():
-        dist.destroy_process_group()
+                                timeout=patience)
+        atexit.register(dist.destroy_process_group)
 
 def barrier():
     """Wait for every rank."""
     if WORLD > 1:
         dist.barrier()
 
-def one_rank_at_a_time(load):
-    """load() on rank 0, then 1, ...: host memory holds the weights being read by one of them."""
-    for rank in range(WORLD):
-        if rank == RANK:
-            result = load()
+def together(work, in_turn=False):
+    """work() on every rank; what one of them refuses is refused by all. `in_turn`: host memory holds weights once."""
+    refusals, refusal, result = [""] * WORLD, "", None
+    for rank in range(WORLD if in_turn else 1):
+        if rank == RANK or not in_turn:
+            try:
+                result = work()
+            except UsageError as error:
+                refusal = str(error)
         barrier()
+    if WORLD > 1:
+        dist.all_gather_object(refusals, refusal)
+    expect(not any([*refusals, refusal]), max(*refusals, refusal))
     return result
 
 def mine(items):
@@ -887,9 +853,8 @@ def gather(share):
     """(P/W, ...) on each rank -> (P, ...) on every rank, in the order that `mine` took it from."""
     if WORLD == 1:
         return share
-    x = share.float().contiguous()
-    shares = [torch.empty_like(x) for _ in range(WORLD)]
-    dist.all_gather(shares, x)
+    shares = [torch.empty_like(share, dtype=torch.float32) for _ in range(WORLD)]
+    dist.all_gather(shares, share.float().contiguous())
     return torch.stack(shares, 1).flatten(0, 1).to(share.dtype)
 
 def broadcast(tensor, source):
@@ -907,17 +872,17 @@ def total(*numbers):
 
 def accumulate(model, batches, micro_loss):
     """The gradient of micro_loss(model, rows) -> (loss, numbers), summed over all, into p.grad; sums of the numbers.
-
     DDP and its buckets exist only in here. Ranks may have different numbers of micro-batches (at least one): gradients
-    are exchanged once, in the last backward. DDP averages over ranks, our denominators are global: a factor WORLD.
-    """
+    are exchanged once, in the last backward. DDP averages over ranks, our denominators are global: a factor WORLD."""
     model.zero_grad()
     model.train()  # transformers recomputes activations in no other mode; dropout was removed at load
     if isinstance(model, RewardModel):  # V has a step of its own, DDP would wait for its gradient
         model.value_head.requires_grad_(False)
     wrapped, sums = model, []
-    if WORLD > 1:
-        wrapped = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
+    if WORLD > 1:  # gradients that are there become views of DDP's buckets, others would be held twice
+        for p in filter(lambda p: p.requires_grad, model.parameters()):
+            p.grad = torch.zeros_like(p)
+        wrapped = nn.parallel.DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
     for i, rows in enumerate(batches):
         wrapped.require_backward_grad_sync = i == len(batches) - 1
         loss, numbers = micro_loss(wrapped, rows)
@@ -926,11 +891,16 @@ def accumulate(model, batches, micro_loss):
     model.eval()
     return total(*map(sum, zip(*sums)))
 
-# ---- 10. text and data ----------------------------------------------------------------------------------------------
-DATE = "26 Jul 2024"  # Llama-3.2's template prints today's date unless told otherwise: scores would change overnight
+# ---- 10. text and data ------------------------------------------------------
+DATE = "26 Jul 2024"  # Llama-3.2's template prints today's date otherwise: scores would change overnight
 
 def encode_chats(tokenizer, chats, generation_prompt=False):
-    """Lists of messages -> lists of token ids, with exactly one BOS where the tokenizer wants one."""
+    """Lists of messages -> lists of token ids, with exactly one BOS where the tokenizer wants one.
+    A special token in the text of a message is text: a space behind its first character makes it so."""
+    special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    pattern = re.compile("|".join(special) or "(?!)")
+    chats = [[{**message, "content": pattern.sub(lambda m: m[0][0] + " " + m[0][1:], message["content"])}
+              for message in chat] for chat in chats]
     texts = tokenizer.apply_chat_template(chats, tokenize=False, date_string=DATE,
                                           add_generation_prompt=generation_prompt)
     texts = [text.encode("utf-8", "replace").decode() for text in texts]  # lone surrogates cannot be tokenized
@@ -938,27 +908,19 @@ def encode_chats(tokenizer, chats, generation_prompt=False):
     wants_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
     return [[bos] + ids if wants_bos and ids[:1] != [bos] else ids for ids in rows]
 
-def encode_chat(tokenizer, messages, generation_prompt=False):
-    """One chat -> token ids."""
-    return encode_chats(tokenizer, [messages], generation_prompt)[0]
-
 def encode_responses(tokenizer, messages, responses):
     """A prompt and response texts -> [(ids, prompt_length)] in the reward model's own template.
-
-    V is read at the last token of the prompt rendered without generation prompt, which must be a token prefix of the
-    whole: true for the Llama-3, Qwen and ChatML templates, checked here for every other.
-    """
+    V is read at the end of the prompt without generation prompt: a token prefix of the whole for Llama-3, Qwen and
+    ChatML templates, checked here for every other."""
     answered = [messages + [{"role": "assistant", "content": text}] for text in responses]
     prompt, *rows = encode_chats(tokenizer, [messages, *answered])
-    expect(all(row[:len(prompt)] == prompt and len(row) > len(prompt) for row in rows), "--rm: its chat template does "
-           "not render the prompt as a token prefix of prompt and response, so one causal pass cannot give R and V")
+    expect(all(row[:len(prompt)] == prompt for row in rows), "the reward model's chat template does not render the "
+           "prompt as a token prefix of prompt and response: V needs that")
     return [(row, len(prompt)) for row in rows]
 
 def read_rows(source, flag):
     """Yield (where, row) of a .json, .jsonl (plain or .gz) or .parquet file, or of a hub dataset `name[:split]`.
-
-    JSON is read here: the reader of `datasets` changes dates and, where types mix, strings.
-    """
+    JSON is read here: the reader of `datasets` changes dates and, where types mix, strings."""
     kind, number = Path(source.removesuffix(".gz")).suffix, 0
     try:
         if kind in (".json", ".jsonl"):
@@ -971,75 +933,74 @@ def read_rows(source, flag):
                 load_dataset(name, split=split or "train")
         for number, row in enumerate(rows, 1):
             yield f"--{flag} {source} row {number}", row
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        fail(f"--{flag} {source} row {number + 1}: expected JSON, parquet or a hub dataset ({first_line(error)})")
+    except Exception as error:  # json, pyarrow and the hub client raise many types
+        where = f" row {number + 1}" if isinstance(error, ValueError) else ""
+        fail(f"--{flag} {source}{where}: expected JSON, parquet or a hub dataset ({first_line(error)})")
+    expect(number, f"--{flag} {source}: expected one row or more")
 
 def as_messages(value, where):
     """A chat from a string or from a list of {"role", "content"}."""
-    if isinstance(value, str) and value.strip():
-        return [{"role": "user", "content": value}]
-    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
-        messages = [{key: message.get(key) for key in ("role", "content")} for message in value]
-        if all(isinstance(text, str) for message in messages for text in message.values()):
-            return messages
-    fail(f'{where}: expected a non-empty string or a list of {{"role", "content"}} messages, got {repr(value)[:80]}')
-
-def last_reply(value, where):
-    """The text of a response given as a string or as a whole chat that ends with it."""
-    return value if isinstance(value, str) else as_messages(value, where)[-1]["content"]
+    chat = [{"role": "user", "content": value}] if isinstance(value, str) and value.strip() else value
+    fine = isinstance(chat, list) and chat and all(
+        isinstance(message, dict) and isinstance(message.get(key), str) for message in chat for key in ("role", "content"))
+    expect(fine, f'{where}: expected text or a list of {{"role", "content"}} messages, got {repr(value)[:80]}')
+    return [{key: message[key] for key in ("role", "content")} for message in chat]
 
 def read_all(source, flag, parse):
     """parse(row, where) of every row. A bad row of your own file is refused; from a hub set it is dropped."""
     parsed, bad = [], []
     for where, row in read_rows(source, flag):
         try:
-            parsed.append(parse(row if isinstance(row, dict) else {"prompt": row}, where))
-        except (UsageError, TemplateError) as error:
-            bad.append(str(error) if isinstance(error, UsageError) else f"{where}: {first_line(error)}")
+            with blamed(where):
+                parsed.append(parse(row if isinstance(row, dict) else {"prompt": row}))
+        except UsageError as error:
+            bad.append(str(error))
             expect(not Path(source).exists(), bad[0])
     kept = [item for item in parsed if item is not None]
     say(f"{len(kept)} of {len(parsed) + len(bad)} rows of {source} are used")
-    return kept or fail(f"--{flag} {source}: expected rows, none can be used {bad[:1]}")
+    return kept or fail(f"--{flag} {source}: expected rows that can be used, there is none {bad[:1]}")
 
 def read_prompts(cfg, tokenizer):
     """[(messages, policy token ids)] of --prompts: rows are strings, message lists, or {"prompt": either}."""
-    def parse(row, where):
-        messages = as_messages(row.get("prompt", row.get("messages")), where)
-        expect(messages[-1]["role"] != "assistant", f"{where}: expected a prompt, it ends with an assistant message")
-        ids = encode_chat(tokenizer, messages, generation_prompt=True)
-        expect(len(ids) <= cfg.max_prompt_tokens,
-               f"{where}: {len(ids)} tokens, expected at most --max_prompt_tokens {cfg.max_prompt_tokens}")
-        # F.1 on responses and 1024 tokens is read as R2M has it: leave out prompts whose known responses are longer
-        replies = [last_reply(row[side], where) for side in ("chosen", "rejected") if side in row]
-        short = all(len(tokenizer(reply)["input_ids"]) <= cfg.max_new_tokens for reply in replies)
-        return (messages, ids) if short else None
+    def parse(row):
+        expect({"prompt", "messages"} & row.keys(), f"expected a column prompt, got {', '.join(row)}")
+        messages = as_messages(row.get("prompt", row.get("messages")), "prompt")
+        expect(messages[-1]["role"] != "assistant", "expected a prompt, it ends with an assistant message")
+        [ids] = encode_chats(tokenizer, [messages], generation_prompt=True)
+        expect(0 < len(ids) <= cfg.max_prompt_tokens,
+               f"{len(ids)} tokens, expected at most --max_prompt_tokens {cfg.max_prompt_tokens}")
+        # F.1, read as R2M has it: leave out prompts whose known responses are longer
+        replies = [as_messages(row[side], side)[-1]["content"] for side in ("chosen", "rejected") if side in row]
+        lengths = [len(tokenizer(reply, add_special_tokens=False)["input_ids"]) for reply in replies]
+        return (messages, ids) if max(lengths, default=0) <= cfg.max_new_tokens else None
     return read_all(cfg.prompts, "prompts", parse)
 
 def read_pairs(cfg, source, flag, tokenizer):
     """Rows of prompt, chosen, rejected -> [(chosen, rejected)], each (ids, prompt_length) in the RM's template."""
     limit = cfg.max_prompt_tokens + cfg.max_new_tokens if flag == "pairs" else tokenizer.model_max_length
 
-    def parse(row, where):
-        missing = [side for side in ("chosen", "rejected") if not row.get(side)]
-        expect(not missing, f"{where}: a pair needs both sides, {' and '.join(missing)} missing or empty")
-        prompt = row.get("prompt") or (row["chosen"][:-1] if isinstance(row["chosen"], list) else None)
-        replies = [last_reply(row[side], where) for side in ("chosen", "rejected")]
-        sides = encode_responses(tokenizer, as_messages(prompt, where), replies)
+    def parse(row):
+        sides = ("chosen", "rejected")
+        expect(all(row.get(side) for side in sides), f"expected columns chosen and rejected with text, got {[*row]}")
+        whole = [as_messages(row[side], side) for side in sides if isinstance(row[side], list)]
+        expect(all(chat[-1]["role"] == "assistant" and chat[:-1] == whole[0][:-1] for chat in whole),
+               "expected chosen and rejected to be an assistant's answers to the same chat")
+        prompt = as_messages(row.get("prompt") or whole and whole[0][:-1], "prompt")
+        replies = [as_messages(row[side], side)[-1]["content"] for side in sides]
+        sides = encode_responses(tokenizer, prompt, replies)
         longest = max(len(ids) for ids, _ in sides)
-        expect(longest <= limit, f"{where}: {longest} tokens, expected at most --max_prompt_tokens + --max_new_tokens")
+        expect(longest <= limit, f"{longest} tokens, expected at most {limit} (--max_prompt_tokens, --max_new_tokens)")
         return sides
     return read_all(source, flag, parse)
 
 def model_inputs(sequences, device):
-    """[(ids, prompt_length)] -> input_ids (n,T), lengths, prompt_lengths (n,). Padded to the right, which causal
-    models never look at."""
+    """[(ids, prompt_length)] -> input_ids (n,T) right-padded, which causal models never see; two lengths (n,)."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in sequences], batch_first=True)
     lengths = torch.tensor([(len(ids), length) for ids, length in sequences], device=device)
     return ids.to(device), lengths[:, 0], lengths[:, 1]
 
 def micro_batches(rows, sequences, budget):
-    """Rows in lists of at most `budget` padded tokens (at least one row), longest first: little padding, and too
-    little memory shows at once."""
+    """Rows in lists of at most `budget` padded tokens (or one row), longest first: too little memory shows at once."""
     batches, width = [], 0
     for row in sorted(rows, key=lambda row: (-len(sequences[row][0]), row)):
         if not batches or (len(batches[-1]) + 1) * width > budget:
@@ -1060,15 +1021,16 @@ def draw(items, seed, purpose, start, count):
         order += torch.randperm(len(items), generator=numbers).tolist()
     return [items[i] for i in order[start - first * len(items):][:count]]
 
-# ---- 11. checkpoints and logs ---------------------------------------------------------------------------------------
+# ---- 11. checkpoints and logs -----------------------------------------------
 @contextlib.contextmanager
-def replaced_folder(path):
-    """Write into a folder beside `path`, then put it there; a kill leaves the old or the new one. On all ranks."""
-    path = Path(path)
-    new, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("new", "old"))
+def replaced_folder(path, *parts):
+    """Write parts and more into a folder beside `path`, then rename it: a kill leaves all or nothing. On all ranks."""
+    new = Path(path).with_name(f".{Path(path).name}.new")
     if RANK == 0:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
+        for part in parts:  # a model, a tokenizer
+            part.save_pretrained(new)
     barrier()
     yield new
     barrier()
@@ -1076,87 +1038,78 @@ def replaced_folder(path):
         for file in filter(Path.is_file, new.rglob("*")):
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            os.replace(path, old)
+        shutil.rmtree(path, ignore_errors=True)
         os.replace(new, path)
-        shutil.rmtree(old, ignore_errors=True)
 
 def save_models(run):
     """rm/ in fp32 and policy/, stock Hugging Face folders. The run is over: the masters become the weights."""
-    rm, policy = Path(run.cfg.out, "rm"), Path(run.cfg.out, "policy")
     if "rm" in run.optimizers:
         run.rm.model.float()
         run.optimizers["rm"].publish(run.optimizers["rm"].masters)
     if run.optimizers.keys() & {"rm", "value"}:
-        run.rm.save_pretrained(rm)
-        say(f"reward model: {rm}")
+        run.rm.save_pretrained(Path(run.cfg.out, "rm"))
     if "policy" in run.optimizers:
-        with replaced_folder(policy) as folder:
-            write_model(folder, run.policy.model, run.policy.tokenizer)
-        say(f"policy: {policy}")
+        with replaced_folder(Path(run.cfg.out, "policy"), run.policy.model, run.policy.tokenizer):
+            pass
+    say(f"models: {', '.join(str(file.parent) for file in sorted(Path(run.cfg.out).glob('*/config.json')))}")
 
 def save_checkpoint(run):
     """checkpoints/step_000123/rank_00000.pt of each rank. Two are kept."""
-    state = {"step": run.step, "config": dataclasses.asdict(run.cfg), "log": run.log.state_dict(),
+    state = {"step": run.step, "config": {**dataclasses.asdict(run.cfg), **run.inputs}, "deflation": run.log.deflation,
+             "logs": {name: Path(run.cfg.out, name).stat().st_size for name in LOGS if RANK == 0},
              "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}}
     with replaced_folder(Path(run.cfg.out, "checkpoints", f"step_{run.step:06d}")) as folder:
         torch.save(state, folder / f"rank_{RANK:05d}.pt")
     for old in sorted(folder.parent.glob("step_*"))[:-2] if RANK == 0 else ():
         shutil.rmtree(old)
 
-def read_checkpoint(cfg):
-    """What the ranks saved in the newest checkpoint, [] without one; refused if other flags made it."""
-    folders = sorted(Path(cfg.out, "checkpoints").glob("step_*"))
-    expect(cfg.resume or not folders, f"--out {cfg.out}: it holds checkpoints, expected --resume or another --out")
+def read_checkpoint(cfg, inputs):
+    """What the ranks saved in the newest checkpoint, [] without one; refused if other flags or inputs made it."""
+    folders = sorted(Path(cfg.out, "checkpoints").glob("step_" + 6 * "[0-9]"))
     if not folders:
         return []
-    try:  # tensors, text and numbers, nothing that could run
+    with blamed(f"--resume: {folders[-1]} is damaged, without it the one before is used"):
         saved = [torch.load(file, "cpu", mmap=True, weights_only=True) for file in sorted(folders[-1].glob("*.pt"))]
-        was, now = saved[0]["config"], dataclasses.asdict(cfg)
-    except Exception as error:  # torch raises many types: all mean that it is not as it was written
-        fail(f"--resume: {folders[-1]} is damaged, without it the one before is used ({first_line(error)})")
-    may_change = ("out", "resume", "save_every", "eval_every", "heldout", "device", "offload", "micro_tokens",
-                  "cache_tokens")
+        was, now = saved[0]["config"], {**dataclasses.asdict(cfg), **inputs}
+    may_change = {"out", "resume", "save_every", "eval_every", "heldout", "device", "offload", "micro_tokens",
+                  "cache_tokens"}
     changed = [f"--{name} was {was.get(name)!r}, is {now[name]!r}" for name in now
                if name not in may_change and was.get(name) != now[name]]
     expect(not changed, f"--resume: {folders[-1]} is of other flags: {'; '.join(changed)}")
     return saved
 
-def load_checkpoint(run, saved):
-    """Take over what `read_checkpoint` found. Returns its step, 0 if there is none."""
-    for name, optimizer in run.optimizers.items() if saved else ():
-        for state in saved:  # of however many ranks there were
-            optimizer.load_state_dict(state["optimizers"][name])
-        optimizer.publish(optimizer.masters)
-    return saved[0]["step"] if saved else 0
+def digest(path, items=()):
+    """What tells a folder or file apart from another one of the same name: rows, and the sizes of its files."""
+    sizes = sorted((file.name, file.stat().st_size) for file in Path(path).glob("*"))
+    return hashlib.sha256(repr((sizes, items)).encode()).hexdigest()[:16]
 
 def say(*words):
     """Print on rank 0, at once and without breaking a progress bar."""
     if RANK == 0:
-        tqdm.write(" ".join(str(word) for word in words))
+        tqdm.write(" ".join(map(str, words)))
         sys.stdout.flush()
+
+LOGS = "metrics.jsonl", "samples.jsonl"
 
 class Log:
     """metrics.jsonl, samples.jsonl, and every tenth step a line on the console."""
 
     def __init__(self, cfg, saved=()):
-        state = saved[0]["log"] if saved else {"deflation": 1.0, "sizes": {}}
-        self.cfg, self.record, self.failing, self.deflation = cfg, {}, set(), state["deflation"]
+        self.cfg, self.record, self.deflation = cfg, {}, saved[0]["deflation"] if saved else 1.0
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        for path in self.files() if cfg.resume and RANK == 0 else ():
-            os.truncate(path, min(path.stat().st_size, state["sizes"].get(path.name, 0)))  # later steps come again
+        if RANK == 0:
+            self.lock = open(Path(cfg.out, ".lock"), "w")  # the system drops the lock with the process
+            with blamed(f"--out {cfg.out}: another run writes to it"):
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        sizes = saved[0]["logs"] if saved else {}
+        for name in LOGS if RANK == 0 else ():
+            with open(Path(cfg.out, name), "a") as file:
+                if cfg.resume:  # the steps after the checkpoint come again
+                    file.truncate(min(file.tell(), sizes.get(name, 0)))
+        source = Path(__file__).read_bytes()
         self.append("metrics.jsonl", {
-            "config": dataclasses.asdict(cfg), "world": WORLD, "torch": torch.__version__, "python": sys.version,
-            "transformers": transformers.__version__, "sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
-
-    def files(self):
-        """The logs that are there."""
-        return [path for path in (Path(self.cfg.out, name) for name in ("metrics.jsonl", "samples.jsonl")) if path.is_file()]
-
-    def state_dict(self):
-        """What a resumed run goes on from."""
-        return {"deflation": self.deflation, "sizes": {path.name: path.stat().st_size for path in self.files()}}
+            "config": dataclasses.asdict(cfg), "world": WORLD, "python": sys.version, "torch": torch.__version__,
+            "transformers": transformers.__version__, "sha256": hashlib.sha256(source).hexdigest()})
 
     def append(self, name, *records):
         """Add JSON lines to a file under --out, on rank 0."""
@@ -1185,106 +1138,112 @@ class Log:
         """Close the record of a step: to disk and, for every tenth, as a line to the console."""
         record, self.record = {"step": step, "stage": stage, **self.record}, {}
         self.append("metrics.jsonl", record)
-        shown = ("rm_loss", "rm_accuracy", "reward", "reward_spread", "kept", "valid", "value_bias", "kl", "step_seconds")
-        if step and (step % 10 == 0 or step in (1, self.cfg.steps)):
+        if step % 10 == 0 or step in (1, self.cfg.steps):
+            shown = ("rm_loss", "rm_accuracy", "reward", "reward_spread", "kept", "valid", "value_bias", "kl",
+                     "value_loss", "value_target_variance", "step_seconds")
             say(stage, step, *(f" {name} {record[name]:.4g}" for name in shown if name in record))
+            for text in record.get("health", ()):
+                say(f"  health: {text}")
 
 def record(run, batch, positive, negative, valid):
     """What the filter did and whether V is any good, over all ranks; rank 0's responses go to samples.jsonl."""
     cfg, rewards, values, sides = run.cfg, batch.rewards, anchor(run, batch), positive.int() - negative.int()
-    run.log.put(reward=rewards.mean(), reward_spread=rewards.std(1).mean(), kept=sides.abs().float().mean(),
-                positive=positive.float().mean(), valid=valid.float().mean(), truncated=1 - batch.ended.float().mean(),
-                usable=batch.usable.float().mean(), response_tokens=batch.lengths.float().mean(),
+    means = {"reward": rewards, "reward_spread": rewards.std(1), "kept": sides.abs(), "positive": positive,
+             "valid": valid, "usable": batch.usable, "response_tokens": batch.lengths}
+    run.log.put(**{name: x.float().mean() for name, x in means.items()}, truncated=1 - batch.ended.float().mean(),
                 tokens_per_second=batch.lengths.sum().item() / run.log.record["rollout_seconds"])
     if RM_UPDATES[cfg.rm_update].anchor == "value head":
-        bias = values - masked_mean(rewards, batch.usable, 1)
-        run.log.put(value_bias=bias.mean(), value_rmse=bias.square().mean().sqrt(),
+        bias, fitted = values - masked_mean(rewards, batch.usable, 1), batch.usable.any(1)
+        run.log.put(value_bias=masked_mean(bias, fitted), value_rmse=masked_mean(bias ** 2, fitted).sqrt(),
                     threshold=curriculum_threshold(batch.step, cfg.steps, cfg.m0))
     prompts = [messages for messages, _ in batch.prompts for _ in range(cfg.group)]
     columns = rewards, ~batch.ended, values[:, None].expand_as(rewards), sides
     run.log.append("samples.jsonl", *(
         {"step": batch.step, "prompt": prompt, "response": text, "reward": reward, "truncated": truncated,
-         "value": value, "side": ("", "+", "-")[side], "kept": side != 0} for prompt, text, reward, truncated, value, side
+         "value": value, "side": ("", "+", "-")[side], "kept": side != 0}
+        for prompt, text, reward, truncated, value, side
         in zip(prompts, batch.texts, *(mine(x).flatten().tolist() for x in columns))))
 
 def health(run):
-    """Say, when it begins, in which way a run does nothing or drifts. Returns what is wrong now."""
-    now, filters = run.log.record, RM_UPDATES[run.cfg.rm_update].anchor != ""
+    """In which way this step did nothing, or the run drifts."""
+    now = run.log.record
     checks = {
-        "nothing is kept, every |R - V| is below the threshold: lower --m0": now["kept"] == 0,
-        "no prompt has both signs, the reward model learns nothing: raise --group, or --value_epochs to fit V better":
-            now["kept"] > 0 == now["valid"] and filters,
-        "V is off by more than the reward spread: raise --value_lr or --value_epochs, or --lr_value":
+        "nothing is kept: lower --m0": now["kept"] == 0,
+        "no prompt has both signs: raise --group or --value_epochs": now["kept"] > 0 == now["valid"],
+        "V is off by more than the spread of rewards: raise --value_epochs or --lr_value":
             abs(now.get("value_bias", 0)) > now["reward_spread"] > 0,
         "more than half of the responses are truncated: raise --max_new_tokens": now["truncated"] > 0.5,
-        "the rewards of each group are equal, nothing to learn from: raise --temperature": now["reward_spread"] == 0,
-        "the reward model did not change: raise --lr_rm or use --dtype float32": now.get("reward_shift") == 0,
-        "updates have halved the spread of rewards of the same responses, L_R deflates: lower --lr_rm":
-            now.get("deflation", 1) < 0.5}
-    failing = {text for text, found in checks.items() if found}
-    for text in sorted(failing - run.log.failing):
-        say("  health: " + text)
-    run.log.failing = failing
-    return sorted(failing)
+        "the rewards of each group are equal: raise --temperature": now["reward_spread"] == 0,
+        "the reward model did not change: raise --lr_rm": now.get("reward_shift") == 0,
+        "the spread of rewards has halved: lower --lr_rm": now.get("deflation", 1) < 0.5}
+    return [text for text, found in checks.items() if found]
 
-# ---- 12. main -------------------------------------------------------------------------------------------------------
+# ---- 12. main ---------------------------------------------------------------
 def first_line(error):
     """The first non-empty line of an exception."""
     return next(filter(None, map(str.strip, str(error).split("\n"))), type(error).__name__)[:200]
+
+@contextlib.contextmanager
+def blamed(what):
+    """Whatever goes wrong inside becomes one line that begins with `what`: libraries raise many types."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{what}: {first_line(error)}")
 
 def main(argv=None, kind=Config):
     """Parse, check, load, run. What a user can cause ends as one line on stderr."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    handlers, code = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}, 1
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal may know ASCII only
     try:
         cfg = parse_config(argv, kind).checked()
         start_ranks(cfg.device)
         return train(cfg)
-    except UsageError as error:
-        code, message = 2, error
-    except KeyboardInterrupt:
-        code, message = 130, "stopped by Ctrl-C"
-    except torch.OutOfMemoryError as error:
-        message = ("out of GPU memory: lower --micro_tokens (scores, log-probs, updates), --cache_tokens (rollout) or "
-                   f"--max_new_tokens, or set --offload ({first_line(error)})")
-    except (FloatingPointError, SafetensorError, OSError) as error:  # bad values; a disk that is full or gone
-        message = f"{error}; checkpoints are as they were"
-    except RuntimeError as error:
-        if WORLD == 1 or not re.search("gloo|nccl|Connection (closed|reset)", str(error), re.I):
-            raise
-        message = f"another rank is lost, start again with --resume ({first_line(error)})"
+    except (UsageError, KeyboardInterrupt, FloatingPointError, safetensors.SafetensorError, OSError,
+            RuntimeError) as error:
+        code, hint = {UsageError: 2, KeyboardInterrupt: 130}.get(type(error), 1), "checkpoints are as they were"
+        if isinstance(error, torch.OutOfMemoryError):
+            hint = "lower --micro_tokens (scores, updates), --cache_tokens (rollout), --max_new_tokens, or --offload"
+        elif isinstance(error, RuntimeError):
+            if WORLD == 1 or not re.search("gloo|nccl|Connection (closed|reset)", str(error), re.I):
+                raise
+            hint = "another rank is lost, start again with --resume"
+        if RANK == 0 or code == 1:
+            text = error if code == 2 else f"rank {RANK}: {first_line(error)}; {hint}"
+            print(f"save.py: error: {text}", file=sys.stderr, flush=True)
+        if WORLD > 1 and code == 1:
+            os._exit(code)  # others may wait for this rank, and leaving in order would wait for them
+        sys.exit(code)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        stop_ranks()
-    if RANK == 0 or code == 1:
-        print(f"save.py: error: {f'rank {RANK}: ' if code == 1 else ''}{message}", file=sys.stderr)
-    sys.exit(code)
 
 def train(cfg):
     """Read all input before writing any output, then run the stages asked for."""
-    expect(not Path(cfg.out).is_file(), f"--out {cfg.out}: expected a folder, it is a file")
     preference, saving, row = cfg.stage == "preference", cfg.stage in ("", "save"), RM_UPDATES[cfg.rm_update]
-    anchored, rm_tokenizer = row.anchor == "value head", load(cfg.rm, "rm", AutoTokenizer)
-    heldout = {re.sub(r"(\.jsonl?|\.parquet)?(\.gz)?$", "", Path(file).name):
-               read_pairs(cfg, file, "heldout", rm_tokenizer) for file in cfg.heldout}
+    anchored, models = row.anchor == "value head", [Path(path).resolve() for path in (cfg.rm, cfg.policy)]
+    results = [Path(cfg.out, name).resolve() for name in ("rm", "policy", *LOGS)]
+    there = [str(path) for path in results if path in models or path.exists() and not cfg.resume]
+    expect(cfg.out and not there, f"--out {cfg.out!r}: expected a new folder, or --resume ({', '.join(there)})")
+    heldout, pairs, prompts = together(lambda: read_inputs(cfg))
     if preference:
-        pairs = read_pairs(cfg, cfg.pairs, "pairs", rm_tokenizer)
         cfg = dataclasses.replace(cfg, steps=cfg.steps or max(1, len(pairs) // cfg.batch))
-    else:
-        prompts = read_prompts(cfg, load(cfg.policy, "policy", AutoTokenizer))
-    saved = read_checkpoint(cfg)
-    rm = one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm, preference, cfg.seed).to(cfg.device))
+    inputs = {"rm (files)": digest(cfg.rm), "policy (files)": digest(cfg.policy),
+              "prompts (rows)": digest(cfg.prompts, prompts), "pairs (rows)": digest(cfg.pairs, pairs)}
+    saved = together(lambda: read_checkpoint(cfg, inputs))
+    rm = together(lambda: RewardModel.from_pretrained(cfg.rm, preference, cfg.seed).to(cfg.device), in_turn=True)
     expect(rm.has_value_head or not anchored or cfg.stage != "save", f"--rm {cfg.rm}: it holds no "
            "value_head.safetensors; run --stage value first, or leave --stage out")
-    run = Run(cfg, rm)
+    run = Run(cfg, rm, inputs=inputs)
     # masters before working copies: they are taken in the checkpoint's precision, before it is rounded to --dtype
     if preference or saving and row.loss:
         run.optimizers["rm"] = ShardedAdamW(rm.model, cfg.lr_rm, cfg)
     to_working_copy(rm, cfg)
     if not preference:
-        run.policy = one_rank_at_a_time(lambda: Policy.from_pretrained(cfg.policy).to(cfg.device))
+        run.policy = together(lambda: Policy.from_pretrained(cfg.policy).to(cfg.device), in_turn=True)
         for flag, model in (("policy", run.policy.model), ("rm", rm.model)):
             limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
             expect(cfg.max_prompt_tokens + cfg.max_new_tokens <= limit, "--max_prompt_tokens and --max_new_tokens: "
@@ -1293,22 +1252,34 @@ def train(cfg):
             run.optimizers["policy"] = ShardedAdamW(run.policy.model, cfg.lr_policy, cfg, keep_initial=cfg.kl_coef > 0)
         to_working_copy(run.policy, cfg).check_logits(cfg.policy)
 
-    run.log = Log(cfg, saved)
+    run.log = together(lambda: Log(cfg, saved))
     if preference:
         rm.has_value_head = False  # a value head it may have had belongs to other rewards
         for _ in each_step(run, heldout, "preference", saved):
             preference_step(run, pairs)
-        return save_models(run)
-    if cfg.stage == "value" or anchored and not rm.has_value_head and not saved:
+    if cfg.stage == "value" or saving and anchored and not rm.has_value_head and not saved:
         value_stage(run, prompts)
     if cfg.stage == "value":  # nothing but the head was trained: the rest as it was before it was rounded to --dtype
-        rm.model = one_rank_at_a_time(lambda: RewardModel.from_pretrained(cfg.rm)).model
-        return save_models(run)
-    if anchored:
+        rm.model = RewardModel.from_pretrained(cfg.rm).model if RANK == 0 else rm.model
+    if saving and anchored:
         run.optimizers["value"], rm.has_value_head = ShardedAdamW(rm.value_head, cfg.lr_value, cfg), True
-    for _ in each_step(run, heldout, "save", saved):
-        save_step(run, prompts)
+    if saving:
+        for _ in each_step(run, heldout, "save", saved):
+            save_step(run, prompts)
     save_models(run)
+
+def read_inputs(cfg):
+    """--heldout {name: pairs}, --pairs and --prompts as the stage needs them, else none."""
+    names = [Path(file).name.split(".")[0] for file in cfg.heldout]
+    expect(len(set(names)) == len(names), f"--heldout: expected files of different names, got {' '.join(names)}")
+    with blamed(f"--rm {cfg.rm}"):
+        tokenizer = load_tokenizer(cfg.rm)
+    heldout = {name: read_pairs(cfg, file, "heldout", tokenizer) for name, file in zip(names, cfg.heldout)}
+    if cfg.stage == "preference":
+        return heldout, read_pairs(cfg, cfg.pairs, "pairs", tokenizer), None
+    with blamed(f"--policy {cfg.policy}"):
+        tokenizer = load_tokenizer(cfg.policy)
+    return heldout, None, read_prompts(cfg, tokenizer)
 
 if __name__ == "__main__":
     main()

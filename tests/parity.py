@@ -77,8 +77,9 @@ def run(args, side, name):
     return folder
 
 def records(folder, file):
-    """Rows of a .jsonl file, if there is one, without the configuration and what measures the machine."""
-    return [{name: x for name, x in row.items() if not name.endswith(("_seconds", "_gb", "tokens_per_second"))}
+    """Rows of a .jsonl file, if there is one, without the configuration, warnings and what measures the machine."""
+    left_out = ("_seconds", "_gb", "tokens_per_second", "health")
+    return [{name: x for name, x in row.items() if not name.endswith(left_out)}
             for path in folder.glob(file) for row in map(json.loads, path.open()) if "step" in row]
 
 def compare(args, name):

@@ -362,9 +362,9 @@ GOOD = {"prompt": "copy a", "chosen": "a", "rejected": "b"}
 @pytest.mark.parametrize("row, said", [
     ({"prompt": "copy a", "chosen": "a"}, "row 2: expected a column rejected (str | list)"),
     ({"prompt": "copy a", "chosen": 3, "rejected": "b"}, "row 2: expected a column chosen (str | list)"),
-    ({"chosen": "a", "rejected": "b"}, "row 2: expected a non-empty string or a list"),
+    ({"chosen": "a", "rejected": "b"}, "row 2: expected text or a list"),
     ("copy a", "row 2: expected a column chosen"),
-    ('{"prompt": ', "row 2: not valid JSON"),
+    ('{"prompt": ', "row 2: expected JSON"),
 ])
 def test_a_bad_row_names_file_and_row(world, tmp_path, capsys, row, said):
     lines = [json.dumps(GOOD), row if isinstance(row, str) and row.startswith("{") else json.dumps(row)]
@@ -412,7 +412,7 @@ def test_a_bad_official_row_is_named(world, tmp_path, capsys, name, file, change
     (["--rm", "x", "--bench", "judgebench", "--max_length", "-1"], "--max_length -1: expected 0 or more"),
     (["--rm", "x", "--bench", "judgebench", "--draws", "many"], "invalid int value"),
     (["--rm", "x", "--bench", "judgebench", "--no_such_flag"], "unrecognized arguments: --no_such_flag"),
-    (["--rm", "x", "--bench", "nowhere.jsonl"], "nowhere.jsonl: expected a JSON file"),
+    (["--rm", "x", "--bench", "nowhere.jsonl"], "nowhere.jsonl: expected JSON"),
 ])
 def test_bad_flags(capsys, flags, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -420,8 +420,8 @@ def test_bad_flags(capsys, flags, said, tmp_path, monkeypatch):
 
 def test_what_is_no_reward_model(world, data, tmp_path, capsys):
     flags = ("--bench", "judgebench", "--data", data)
-    assert "no reward head" in refusal(capsys, "--rm", world / "policy", *flags)
-    assert "no such folder" in refusal(capsys, "--rm", tmp_path / "missing", *flags)
+    assert "expected a reward model" in refusal(capsys, "--rm", world / "policy", *flags)
+    assert "expected a model folder" in refusal(capsys, "--rm", tmp_path / "missing", *flags)
     (tmp_path / "empty").mkdir()
     assert "expected a model folder" in refusal(capsys, "--rm", tmp_path / "empty", *flags)
     line = refusal(capsys, "--rm", world / "rm", "--bench", "judgebench", "--data", tmp_path)

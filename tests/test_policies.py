@@ -63,7 +63,7 @@ def test_answers_are_the_rollouts_and_do_not_depend_on_the_batch(world, data):
     assert [row["messages"] for row in first] == [row["messages"] for row in second]
     policy = save.Policy.from_pretrained(str(world / "policy"))
     for row in first[:3]:
-        ids = save.encode_chat(policy.tokenizer, row["messages"][:1], True)
+        [ids] = save.encode_chats(policy.tokenizer, [row["messages"][:1]], True)
         tokens, _ = save.rollout(policy, [ids], 1, [save.seed_for(0, "answer", row["uid"])], max_new_tokens=6,
                                  temperature=0.7, top_p=0.8, top_k=20)
         assert row["messages"][1]["content"]["answer"] == policy.tokenizer.decode(tokens[0], skip_special_tokens=True)

@@ -179,8 +179,8 @@ def chat_ids(tokenizer, prompt, response=None):
     """Token ids of a prompt up to where the response starts, or of a prompt and its response."""
     messages = [{"role": "user", "content": prompt}]
     if response is None:
-        return save.encode_chat(tokenizer, messages, generation_prompt=True)
-    return save.encode_chat(tokenizer, messages + [{"role": "assistant", "content": response}])
+        return save.encode_chats(tokenizer, [messages], generation_prompt=True)[0]
+    return save.encode_chats(tokenizer, [messages + [{"role": "assistant", "content": response}]])[0]
 
 
 def train_policy(path, steps, seed):
@@ -282,8 +282,8 @@ def train_grpo(policy_dir, prompts, reward, steps, seed, desc):
         log_probs, mask = policy(*inputs, 1.0)
         with torch.no_grad():
             ref_log_probs, _ = reference(*inputs, 1.0)
-        loss, _ = save.policy_loss(log_probs, log_probs, ref_log_probs, advantages, mask, algo=save.ALGORITHMS["grpo"], clip_low=0.2,
-                                   clip_high=0.2, kl_coef=0.04)
+        loss, _ = save.policy_loss(log_probs, log_probs, ref_log_probs, advantages, mask, algo=save.ALGORITHMS["grpo"],
+                                   clip_low=0.2, clip_high=0.2, kl_coef=0.04)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
