@@ -102,8 +102,8 @@ def same(left, right, tol=0.0):
 def test_a_chat_has_exactly_one_bos_where_one_is_wanted(template, bos, adds_bos, count):
     words = tokenizer(template, bos, adds_bos)
     ids = [1] * count + words.convert_tokens_to_ids(["<user>", "a", "b", "c", "<end>"])
-    assert save.encode_chat(words, ASK) == ids
-    assert save.encode_chat(words, ASK, generation_prompt=True) == ids + [SPECIAL.index("<assistant>")]
+    assert save.encode_chats(words, [ASK])[0] == ids
+    assert save.encode_chats(words, [ASK], True)[0] == ids + [SPECIAL.index("<assistant>")]
 
 
 def test_the_date_in_the_llama_template_is_pinned():
@@ -111,7 +111,7 @@ def test_the_date_in_the_llama_template_is_pinned():
              "{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}{%- endif %}"
              "{{ '<system>Today Date: ' + date_string + '<end>' }}" + CHAT)
     words = tokenizer(dated)
-    assert words.decode(save.encode_chat(words, ASK)) == "<system>Today Date: 26 Jul 2024<end><user>abc<end>"
+    assert words.decode(save.encode_chats(words, [ASK])[0]) == "<system>Today Date: 26 Jul 2024<end><user>abc<end>"
 
 
 def test_a_template_that_does_not_keep_the_prompt_as_prefix_is_refused():
@@ -127,7 +127,7 @@ def test_a_template_that_does_not_keep_the_prompt_as_prefix_is_refused():
 
 @pytest.mark.parametrize("text, shown", [("naïve 😀", "naïve 😀"), ("a\ud800b", "a?b"), ("\U0010ffff", "\U0010ffff")])
 def test_any_text_can_be_encoded(text, shown):
-    ids = save.encode_chat(tokenizer(), [{"role": "user", "content": text}])
+    ids = save.encode_chats(tokenizer(), [[{"role": "user", "content": text}]])[0]
     assert len(ids) == len(shown.encode()) + 2 and tokenizer().decode(ids) == f"<user>{shown}<end>"
 
 
@@ -185,7 +185,7 @@ def test_rows_are_the_same_from_every_kind_of_file(tmp_path):
 def test_prompts_may_be_strings_messages_or_objects(tmp_path, monkeypatch):
     rows = ["abc", ASK, {"prompt": "abc"}, {"prompt": ASK}, {"messages": ASK}, {"prompt": "abc", "chosen": "a" * 9}]
     cfg = save.Config(prompts=write(tmp_path / "p.jsonl", rows), max_new_tokens=9)
-    assert save.read_prompts(cfg, tokenizer()) == [(ASK, save.encode_chat(tokenizer(), ASK, True))] * 6
+    assert save.read_prompts(cfg, tokenizer()) == [(ASK, save.encode_chats(tokenizer(), [ASK], True)[0])] * 6
     rows = [{"prompt": "abc", "chosen": "a", "rejected": "a" * 10}, "a" * 1022, "abc"]
     cfg.prompts = write(tmp_path / "p.jsonl", rows)
     with pytest.raises(save.UsageError, match="row 2: .*1025 tokens, expected at most .*1024"):

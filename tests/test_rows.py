@@ -1,11 +1,10 @@
-"""How save.py is forked: a file that imports it adds a row to RM_UPDATES and one to ALGORITHMS, and what the rows say is
-what runs."""
+"""How save.py is forked: a file that imports it adds a row to each table, and what the rows say is what runs."""
 import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_runs import HEAD, MODELS, POLICY, RM, distance, metrics, rows_of, run, samples
+from test_runs import HEAD, POLICY, RM, distance, metrics, rows_of, run, samples
 
 import save
 
@@ -56,7 +55,8 @@ def test_the_kl_of_a_new_row_is_where_it_says(world, tmp_path, rows, kl):
     without, with_kl = (run(world, tmp_path / str(beta), **rows, kl_coef=beta) for beta in (0.0, 5.0))
     assert distance(without, with_kl, RM) == 0 == metrics(without)["save", 2]["kl"] < metrics(with_kl)["save", 2]["kl"]
     assert distance(without, with_kl, POLICY) > 1e-5  # from step 2 on: in step 1 the policy is the reference
-    assert SEEN["rewards"][0].equal(SEEN["rewards"][2]) and SEEN["rewards"][1].equal(SEEN["rewards"][3]) == (kl == "loss")
+    first, second, first_with_kl, second_with_kl = SEEN["rewards"]
+    assert first.equal(first_with_kl) and second.equal(second_with_kl) == (kl == "loss")
 
 def test_help_shows_every_flag_with_its_default_and_new_rows_as_choices(rows, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "500")
@@ -67,4 +67,5 @@ def test_help_shows_every_flag_with_its_default_and_new_rows_as_choices(rows, ca
     for name, field in save.Config.__dataclass_fields__.items():
         default = "none" if field.default in (None, "") or name == "heldout" else re.escape(str(field.default))
         assert re.search(rf" --{name}[ ,](HELDOUT \[HELDOUT ...\])?[^\[\]]* \[{default}\]", text), name
-    assert re.search(r" --rm_update \{save,[^}]*,my_update\}", text) and re.search(r" --algo \{grpo,[^}]*,my_algo\}", text)
+    assert re.search(r" --rm_update \{save,[^}]*,my_update\}", text)
+    assert re.search(r" --algo \{grpo,[^}]*,my_algo\}", text)

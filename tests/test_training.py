@@ -132,13 +132,12 @@ def test_ranks_own_disjoint_balanced_shares_that_make_one_adamw(monkeypatch, wor
 
 
 def test_a_linear_schedule_ends_at_0():
-    run = save.Run(dataclasses.replace(CPU, steps=4, lr_schedule="linear"), None)
-    scales = []
-    for run.step in (1, 2, 3, 4):
-        scales.append(run.lr_scale)
-    assert scales == [1, 3 / 4, 1 / 2, 1 / 4]  # of what would be step 5: 0
-    run.cfg.lr_schedule = "constant"
-    assert run.lr_scale == 1
+    for name, want in (("linear", [1, 3 / 4, 1 / 2, 1 / 4]), ("constant", [1, 1, 1, 1])):  # a fifth would be 0
+        run, scales = save.Run(dataclasses.replace(CPU, lr_schedule=name), None), []
+        for done in range(4):
+            run.schedule(done, 4)
+            scales.append(run.lr_scale)
+        assert scales == want
 
 
 # ---------------------------------------------------------------- the three steps
@@ -173,7 +172,7 @@ def make_run(out, **options):
     for optimizer in run.optimizers.values():
         optimizer.seen = []
     asked = [[{"role": "user", "content": text}] for text in TEXTS]
-    prompts = [(messages, save.encode_chat(run.policy.tokenizer, messages, True)) for messages in asked]
+    prompts = [(messages, save.encode_chats(run.policy.tokenizer, [messages], True)[0]) for messages in asked]
     batch = save.sample(run, prompts, cfg.group, 1)
     save.score_batch(run, batch)
     return run, prompts, batch
