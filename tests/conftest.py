@@ -2,6 +2,7 @@
 import os
 import pathlib
 import sys
+import threading
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -9,8 +10,10 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_TH
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 torch.set_num_threads(1)  # models this small are slower on two
+tqdm.set_lock(threading.RLock())  # its own is shared with forked processes: one that is killed would block all
 
 
 @pytest.fixture(scope="session")

@@ -105,7 +105,6 @@ def test_table_7_both_answers_lie_above_the_anchor_so_save_does_not_pit_them_aga
     assert positive.all() and not negative.any() and not valid.any()
     loss, slope, _ = learn(save.contrastive_loss, rewards, value, positive, negative)
     assert loss == 0 and not slope.any()
-    near(save.highest_lowest_loss(rewards), math.log(1 + math.exp(-0.25)))  # the baseline does widen the gap
 
 
 # ---------------------------------------------------------------- the contrastive loss, Eq. 18-20
@@ -225,7 +224,7 @@ def test_value_loss_by_hand():
     assert slope_v[1] == 0 and (slope_r == 0).all()
 
 
-# ---------------------------------------------------------------- Bradley-Terry, Eq. 2 and 11, and the HL-BT baseline
+# ---------------------------------------------------------------- Bradley-Terry, Eq. 2 and 11
 def test_bradley_terry_by_hand():
     chosen, rejected = f64([2.0, math.log(3), 0.0]), f64([2.0, 0.0, math.log(3)])
     loss, slope_chosen, slope_rejected = learn(save.bradley_terry_loss, chosen, rejected)
@@ -238,26 +237,13 @@ def test_bradley_terry_by_hand():
     near(slope_chosen, [0.0, -0.5])
 
 
-def test_highest_lowest_loss_by_hand_ties_give_nothing():
-    r = f64([[0.0, math.log(3), 1.0], [4.0, 4.0, 4.0], [5.0, 5.0 + math.log(4), 5.5]])
-    loss, slope = learn(save.highest_lowest_loss, r)
-    near(loss, (math.log(4 / 3) + math.log(5 / 4)) / 2)
-    near(slope, [[1 / 8, -1 / 8, 0], [0, 0, 0], [1 / 10, -1 / 10, 0]])
-    r = f64([[9e9, 0, math.log(3), 1], [1, 2, 3, 4], [1, 2, 3, 4], [6, 6, 7, 5], [0, 1, math.log(9), -9e9]])
-    loss, slope = learn(save.highest_lowest_loss, r, bits("0111", "0000", "1000", "1100", "1110"))
-    near(loss, (math.log(4 / 3) + math.log(10 / 9)) / 2)  # only the first and the last prompt have a gap
-    near(slope, [[0, 1 / 8, -1 / 8, 0], [0] * 4, [0] * 4, [0] * 4, [1 / 20, 0, -1 / 20, 0]])
-
-
 NOTHING, SOME = bits("000", "000"), bits("110", "000")
 
 
 @pytest.mark.parametrize("loss", [lambda r, v: save.contrastive_loss(r, v, NOTHING, NOTHING),
                                   lambda r, v: save.contrastive_loss(r, v, SOME, NOTHING),
                                   lambda r, v: save.contrastive_loss(r, v, NOTHING, SOME),
-                                  lambda r, v: save.value_loss(v, r, NOTHING),
-                                  lambda r, v: save.highest_lowest_loss(r, NOTHING),
-                                  lambda r, v: save.highest_lowest_loss(r - r.detach())])
+                                  lambda r, v: save.value_loss(v, r, NOTHING)])
 def test_with_nothing_to_learn_from_a_loss_is_zero_with_a_zero_gradient(loss):
     assert not any(x.any() for x in learn(loss, f64([[1.0, 2.0, 4.0], [3.0, 3.0, 5.0]]), f64([0.0, 5.0])))
 
@@ -310,7 +296,7 @@ def test_equal_rewards_give_exactly_zero(f, reward):
 
 
 # ---------------------------------------------------------------- the policy loss
-ALGOS = ["grpo", "rloo", "gspo", "reinforce++"]
+ALGOS = [*save.ALGORITHMS]
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 
 
@@ -343,9 +329,8 @@ def batch(seed=0, on_policy=False):
 def policy(lp, old, ref, adv, mask, algo, kl_coef=0.04):
     """The loss and its gradient for log_probs; the old and the reference log-probs must have none."""
     def f(*inputs):
-        loss, stats = save.policy_loss(*inputs, f64(adv), torch.as_tensor(mask), algo=algo, kl_coef=kl_coef, **CLIP)
-        assert isinstance(stats, dict)
-        return loss
+        masks = f64(adv), torch.as_tensor(mask)
+        return save.policy_loss(*inputs, *masks, algo=save.ALGORITHMS[algo], kl_coef=kl_coef, **CLIP)[0]
     loss, slope, slope_old, slope_ref = learn(f, f64(lp), f64(old), f64(ref))
     assert (slope_old == 0).all() and (slope_ref == 0).all()
     return loss, slope
@@ -359,7 +344,7 @@ def test_policy_loss_and_gradient_are_the_loop(algo, kl_coef):
     near(loss, policy_loss_by_loop(lp, *rest, algo, kl_coef))
     near(slope, numeric_gradient(lambda x: f64(policy_loss_by_loop(x.tolist(), *rest, algo, kl_coef)), f64(lp)), 1e-7)
     assert (slope[~torch.tensor(rest[-1])] == 0).all()
-    if kl_coef == 0 or algo in ("rloo", "reinforce++"):  # clipped rows, and only they, are left alone
+    if kl_coef == 0 or algo == "rloo":  # clipped rows, and only they, are left alone
         assert slope.any(1).tolist() == [False, True, True, True, False, True, False]
 
 
@@ -367,7 +352,7 @@ def test_policy_loss_and_gradient_are_the_loop(algo, kl_coef):
 def test_policy_loss_takes_an_advantage_per_token(algo):
     lp, old, ref, adv, mask = batch(1)
     near(policy(lp, old, ref, [[a] * 5 for a in adv], mask, algo)[0], policy(lp, old, ref, adv, mask, algo)[0])
-    if algo in ("grpo", "reinforce++"):
+    if algo == "grpo":
         rng = random.Random(1)
         adv = [[a * rng.uniform(-1, 2) for _ in range(5)] for a in adv]
         near(policy(lp, old, ref, adv, mask, algo)[0], policy_loss_by_loop(lp, old, ref, adv, mask, algo, 0.04))
@@ -384,8 +369,12 @@ def test_the_clip_by_hand(algo, ratio, adv, want):
 def test_the_kl_by_hand(algo):
     """pi = 2 ref on one token of two: k3 = 1/2 + log 2 - 1 there, 0 on the other; second row on the reference."""
     lp, ref = [[-1.0, -2.0], [-1.0, -1.0]], [[-1.0 - math.log(2), -2.0], [-1.0, -1.0]]
-    loss, _ = policy(lp, lp, ref, [0.0, 0.0], [[True, True], [True, False]], algo, kl_coef=0.4)
-    near(loss, 0.4 * (math.log(2) - 0.5) / 2 / 2 if algo in ("grpo", "gspo") else 0.0)
+    mask, k3 = [[True, True], [True, False]], (math.log(2) - 0.5) / 2 / 2
+    near(policy(lp, lp, ref, [0.0, 0.0], mask, algo, kl_coef=0.4)[0], 0.0 if algo == "rloo" else 0.4 * k3)
+    inputs = map(f64, (lp, [[-2.0, -2.0], [-1.0, -1.0]], ref, [1.0, 1.0]))  # e of the old on one token of one row
+    stats = save.policy_loss(*inputs, torch.tensor(mask), algo=save.ALGORITHMS[algo], kl_coef=0.0, **CLIP)[1]
+    near(stats["kl"], k3)
+    near(stats["clipped"], 1 / 2 / 2 if algo == "grpo" else 1 / 2)  # a row's ratio is that of each of its tokens
 
 
 @pytest.mark.parametrize("algo", ALGOS)
@@ -411,14 +400,44 @@ def test_what_stands_under_the_mask_does_not_matter(algo, garbage):
 
 
 # ---------------------------------------------------------------- all of them
+def random_group(rng):
+    """Rewards (P,G), values (P,), usable (P,G) with ties, extremes, empty and one-sided groups."""
+    prompts, group, share = rng.randint(1, 5), rng.randint(2, 6), rng.choice([0.0, 0.3, 0.9, 1.0])
+    number = rng.choice([lambda: rng.gauss(0, 1), lambda: float(rng.randint(-1, 1)),
+                         lambda: rng.gauss(0, 1) * 10 ** rng.randint(-6, 4)])
+    rewards = torch.tensor([[number() for _ in range(group)] for _ in range(prompts)])
+    values = torch.tensor([rng.choice([number(), row.mean().item(), row[0].item()]) for row in rewards])
+    return rewards, values, torch.tensor([[rng.random() < share for _ in range(group)] for _ in range(prompts)])
+
+
+def test_random_groups_give_finite_numbers_and_zero_where_nothing_may_be_learnt():
+    for seed in range(200):
+        rng = random.Random(seed)
+        rewards, values, usable = random_group(rng)
+        threshold = save.curriculum_threshold(rng.randint(1, 9), 9, rng.random())
+        positive, negative, valid = save.partition(save.rm_advantages(rewards, values), threshold, usable)
+        keep = positive | negative
+        assert not (positive & negative).any() and not (keep & ~usable).any()
+        assert valid.equal(positive.any(1) & negative.any(1))
+        loss, slope, _ = learn(save.contrastive_loss, rewards, values, positive, negative, usable)
+        assert loss.isfinite() and not slope[~(keep & valid[:, None])].any() and (valid.any() or loss == 0)
+        loss, slope, _ = learn(save.value_loss, values, rewards, usable)
+        assert loss.isfinite() and not slope[~usable.any(1)].any()
+        alike = torch.tensor([len(set(r[k].tolist())) < 2 for r, k in zip(rewards, keep)])
+        for advantages in (save.grpo_advantages, save.rloo_advantages):
+            a = advantages(rewards, keep)
+            assert a.isfinite().all() and not a[~keep].any() and not a[alike].any()
+            assert (a.double().sum(1).abs() <= 1e-3 * (1 + a.abs().max())).all()
+
+
 def test_no_function_writes_into_its_inputs():
     rewards, values, mask = groups(9)
     r, v, keep, (pos, neg, _) = f64(rewards), f64(values), torch.tensor(mask), map(torch.tensor, split(*groups(9)))
     calls = [(save.rm_advantages, r, v), (save.partition, r, 0.7, keep), (save.bradley_terry_loss, r[:, 0], r[:, 1]),
              (save.contrastive_loss, r, v, pos, neg), (save.value_loss, v, r, keep),
-             (save.highest_lowest_loss, r, keep), (save.grpo_advantages, r, keep), (save.rloo_advantages, r, keep)]
+             (save.grpo_advantages, r, keep), (save.rloo_advantages, r, keep)]
     calls += [(lambda *x, a=a: save.policy_loss(*x, algo=a, kl_coef=0.04, **CLIP), *map(torch.tensor, batch()))
-              for a in ALGOS]
+              for a in save.ALGORITHMS.values()]
     for f, *inputs in calls:
         before = [torch.as_tensor(x).clone() for x in inputs]
         f(*inputs)

@@ -102,8 +102,8 @@ def same(left, right, tol=0.0):
 def test_a_chat_has_exactly_one_bos_where_one_is_wanted(template, bos, adds_bos, count):
     words = tokenizer(template, bos, adds_bos)
     ids = [1] * count + words.convert_tokens_to_ids(["<user>", "a", "b", "c", "<end>"])
-    assert save.encode_chat(words, ASK) == ids
-    assert save.encode_chat(words, ASK, generation_prompt=True) == ids + [SPECIAL.index("<assistant>")]
+    assert save.encode_chats(words, [ASK])[0] == ids
+    assert save.encode_chats(words, [ASK], True)[0] == ids + [SPECIAL.index("<assistant>")]
 
 
 def test_the_date_in_the_llama_template_is_pinned():
@@ -111,7 +111,7 @@ def test_the_date_in_the_llama_template_is_pinned():
              "{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}{%- endif %}"
              "{{ '<system>Today Date: ' + date_string + '<end>' }}" + CHAT)
     words = tokenizer(dated)
-    assert words.decode(save.encode_chat(words, ASK)) == "<system>Today Date: 26 Jul 2024<end><user>abc<end>"
+    assert words.decode(save.encode_chats(words, [ASK])[0]) == "<system>Today Date: 26 Jul 2024<end><user>abc<end>"
 
 
 def test_a_template_that_does_not_keep_the_prompt_as_prefix_is_refused():
@@ -127,7 +127,7 @@ def test_a_template_that_does_not_keep_the_prompt_as_prefix_is_refused():
 
 @pytest.mark.parametrize("text, shown", [("naïve 😀", "naïve 😀"), ("a\ud800b", "a?b"), ("\U0010ffff", "\U0010ffff")])
 def test_any_text_can_be_encoded(text, shown):
-    ids = save.encode_chat(tokenizer(), [{"role": "user", "content": text}])
+    ids = save.encode_chats(tokenizer(), [[{"role": "user", "content": text}]])[0]
     assert len(ids) == len(shown.encode()) + 2 and tokenizer().decode(ids) == f"<user>{shown}<end>"
 
 
@@ -141,6 +141,22 @@ def test_micro_batches_hold_every_row_once_within_the_budget_longest_first():
     assert sorted(sum(batches, [])) == rows and sum(widths, []) == sorted(sum(widths, []), reverse=True)
     assert widths[0] == [5000] and max(padded[1:]) <= 2048 and sum(padded) < 1.1 * sum(sum(widths, []))
     assert save.micro_batches(rows, sequences, 1) == [[row] for row in sum(batches, [])]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_padding_is_a_tenth_at_most(seed):
+    """8 prompts x 16 responses of log-normal lengths, a rank's rows at full size; batches of 8 in order pad by half."""
+    rng, rows = random.Random(seed), []
+    for _ in range(8):
+        prompt = min(1024, int(rng.lognormvariate(4.8, 0.7)))
+        rows += [(range(prompt + min(1024, int(rng.lognormvariate(6.2, 0.6)))), prompt) for _ in range(16)]
+
+    def padded(batches):
+        return sum(len(batch) * max(len(rows[row][0]) for row in batch) for batch in batches)
+
+    real = sum(len(ids) for ids, _ in rows)
+    assert padded(save.micro_batches(range(128), rows, 8192)) / real < 1.1
+    assert padded([range(i, i + 8) for i in range(0, 128, 8)]) / real > 1.4
 
 
 def test_draw_is_an_endless_stream_of_shuffled_epochs():
@@ -164,29 +180,19 @@ def test_rows_are_the_same_from_every_kind_of_file(tmp_path):
     for name in ("x.json", "x.jsonl", "x.json.gz", "x.jsonl.gz"):
         file = write(tmp_path / name, rows)
         assert list(save.read_rows(file, "prompts")) == [(f"--prompts {file} row {i + 1}", rows[i]) for i in range(3)]
-    for name, text, says in (("bad.jsonl", '"a"\n{\n', "row 2: not valid JSON"), ("empty.jsonl", "", "expected a list"),
-                             ("object.json", "{}", "expected a list"), ("none.jsonl", None, "expected a JSON file")):
-        if text is not None:
-            (tmp_path / name).write_text(text)
-        with pytest.raises(save.UsageError, match=f"--pairs .*{name}.*{says}"):
-            list(save.read_rows(str(tmp_path / name), "pairs"))
 
 
-def test_prompts_may_be_strings_messages_or_objects(tmp_path):
+def test_prompts_may_be_strings_messages_or_objects(tmp_path, monkeypatch):
     rows = ["abc", ASK, {"prompt": "abc"}, {"prompt": ASK}, {"messages": ASK}, {"prompt": "abc", "chosen": "a" * 9}]
-    cfg = save.Config(prompts=write(tmp_path / "p.jsonl", rows), max_response_tokens=9)
-    assert save.read_prompts(cfg, tokenizer()) == [(ASK, save.encode_chat(tokenizer(), ASK, True))] * 6
+    cfg = save.Config(prompts=write(tmp_path / "p.jsonl", rows), max_new_tokens=9)
+    assert save.read_prompts(cfg, tokenizer()) == [(ASK, save.encode_chats(tokenizer(), [ASK], True)[0])] * 6
     rows = [{"prompt": "abc", "chosen": "a", "rejected": "a" * 10}, "a" * 1022, "abc"]
     cfg.prompts = write(tmp_path / "p.jsonl", rows)
     with pytest.raises(save.UsageError, match="row 2: .*1025 tokens, expected at most .*1024"):
         save.read_prompts(cfg, tokenizer())
-    cfg.bad_rows = "drop"
+    monkeypatch.setattr(save, "read_rows", lambda source, flag: ((f"row {i}", row) for i, row in enumerate(rows)))
+    cfg.prompts = "nobody/set"  # not a file of ours: what cannot be used is left out
     assert [messages for messages, _ in save.read_prompts(cfg, tokenizer())] == [ASK]
-    cfg.bad_rows = "auto"
-    for bad in ("", [], {"text": "a"}, 3, ASK + [{"role": "assistant", "content": "a"}], [{"role": "user"}]):
-        cfg.prompts = write(tmp_path / "bad.jsonl", [bad])
-        with pytest.raises(save.UsageError, match="bad.jsonl row 1"):
-            save.read_prompts(cfg, tokenizer())
 
 
 def test_pairs_may_be_strings_or_chats_with_or_without_a_prompt_column(tmp_path):
@@ -196,9 +202,6 @@ def test_pairs_may_be_strings_or_chats_with_or_without_a_prompt_column(tmp_path)
     pairs = save.read_pairs(save.Config(), write(tmp_path / "pairs.jsonl", rows), "pairs", tokenizer())
     texts = [[(tokenizer().decode(ids), length) for ids, length in pair] for pair in pairs]
     assert texts == [[("<user>abc<end><assistant>good<end>", 5), ("<user>abc<end><assistant>bad<end>", 5)]] * 4
-    for row in ({"prompt": "a", "chosen": "b"}, {"prompt": "a", "chosen": "b", "rejected": ""}, "a", {"chosen": "b"}):
-        with pytest.raises(save.UsageError, match="bad.jsonl row 1: .*rejected"):
-            save.read_pairs(save.Config(), write(tmp_path / "bad.jsonl", [row]), "pairs", tokenizer())
 
 
 # ---------------------------------------------------------------- the reward model
@@ -249,11 +252,14 @@ def test_each_loss_trains_its_own_part():
                                                  ("gpt2", 1, (CHAT, "<s>", True))])  # the tokenizer pads with 0
 def test_a_saved_reward_model_is_a_stock_folder(tmp_path, kind, pad_id, words):
     rm = reward_model(kind, words=tokenizer(*words), pad_token_id=pad_id)
-    rows, masters = chats(rm), weights(rm.model)
+    rows = chats(rm)
+    for p in rm.model.base_model.parameters():
+        p.data = p.data.bfloat16().float()
     rewards, features = save.score(rm, rows, 40)
-    rm.model.base_model.bfloat16()  # a working copy with less precision than its masters
-    rm.save_pretrained(tmp_path / "rm", masters)
-    assert rm.model.base_model.dtype is torch.bfloat16 and rm.model.config.pad_token_id == pad_id
+    for p in rm.model.base_model.parameters():  # in whatever precision it works, the folder is fp32
+        p.data = p.data.bfloat16()
+    rm.save_pretrained(tmp_path / "rm")
+    assert rm.model.config.pad_token_id == pad_id and rm.tokenizer.pad_token == "<pad>"  # as they were
 
     stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
     words = AutoTokenizer.from_pretrained(tmp_path / "rm")
@@ -273,8 +279,8 @@ def test_what_is_no_reward_model_is_refused_and_a_new_head_depends_on_the_seed_a
                         ("causal", causal)):
         model.save_pretrained(tmp_path / name)
         words.save_pretrained(tmp_path / name)
-    for name, new_head, says in (("two", False, "it has 2 labels"), ("two", True, "it has 2 labels"),
-                                 ("causal", False, "no reward head"), ("nowhere", True, "no such folder")):
+    for name, new_head, says in (("two", False, "1 label"), ("two", True, "1 label"), ("nowhere", True, "folder"),
+                                 ("causal", False, "1 label, got .*CausalLM.*--stage preference")):
         with pytest.raises(save.UsageError, match=f"--rm .*{name}: .*{says}"):
             save.RewardModel.from_pretrained(str(tmp_path / name), new_head)
     heads = []
@@ -314,17 +320,18 @@ def plain_log_probs(model, ids, prompt_length, temperature):
 
 
 @pytest.mark.parametrize("kind, options", [("llama", {"tie_word_embeddings": True}), ("qwen2", {}), ("gpt2", {}),
-                                           ("llama", {"tie_word_embeddings": False}), ("gemma2", {}),
-                                           ("cohere", {"logit_scale": 0.5}), ("granite", {"logits_scaling": 3.0})])
+                                           ("llama", {"tie_word_embeddings": False})])
 def test_log_probs_and_gradients_are_those_of_the_whole_logits(kind, options):
     pi, rows = policy(kind, **options), ragged()
     want = [plain_log_probs(pi.model, ids, length, 0.7) for ids, length in rows]
     coefficients = [torch.randn(len(line)) for line in want]
     grads = gradients(pi, sum((line * c).sum() for line, c in zip(want, coefficients)))
-    assert pi.check_logits("") is pi.check_logits(pi) is None and torch.cat(want).std() > 0.2
+    pi.check_logits("")
+    assert torch.cat(want).std() > 0.2
     for chunk, recompute in ((1024, False), (1, False), (7, False), (7, True)):
-        if recompute:  # as `accumulate` does: transformers recomputes in training mode only
-            save.to_working_copy(pi, save.Config(device="cpu", dtype="float32", checkpointing=True)).train()
+        if recompute:  # as on a GPU: transformers recomputes in training mode only
+            pi.model.gradient_checkpointing_enable({"use_reentrant": False})
+            pi.train()
         log_probs, mask = pi(*save.model_inputs(rows, "cpu"), 0.7, chunk)
         assert mask.sum(1).tolist() == [len(line) for line in want] and not log_probs[~mask].any()
         got = [line[hit] for line, hit in zip(log_probs, mask)]
@@ -332,17 +339,11 @@ def test_log_probs_and_gradients_are_those_of_the_whole_logits(kind, options):
         same(gradients(pi, sum((line * c).sum() for line, c in zip(got, coefficients))), grads, 2e-5)
 
 
-def test_an_unknown_scaling_of_the_logits_is_refused(monkeypatch):
-    pi = policy()
-
-    def scaled(*args, forward=pi.model.forward, **kwargs):
-        output = forward(*args, **kwargs)
-        output.logits = output.logits * 1.1
-        return output
-
-    monkeypatch.setattr(pi.model, "forward", scaled)
-    with pytest.raises(save.UsageError, match="--policy x: .* does not know"):
-        pi.check_logits("x")
+@pytest.mark.parametrize("kind, options", [("gemma2", {}), ("cohere", {"logit_scale": 0.5}),
+                                           ("granite", {"logits_scaling": 3.0})])
+def test_a_policy_that_scales_or_caps_its_logits_is_refused(kind, options):
+    with pytest.raises(save.UsageError, match="--policy x: expected a plain output layer, .* scales or caps"):
+        policy(kind, **options).check_logits("x")
 
 
 # ---------------------------------------------------------------- rollout
@@ -373,7 +374,7 @@ def test_a_response_stops_at_every_eos_and_nowhere_else():
     assert min(map(len, responses)) == 1
 
 
-@pytest.mark.parametrize("kind", ("llama", "gpt2", "gemma2"))
+@pytest.mark.parametrize("kind", ("llama", "gpt2"))
 def test_a_response_depends_on_its_seed_and_on_nothing_else(kind):
     pi = policy(kind)
     want, ended = save.rollout(pi, PROMPTS, 4, range(20), **SAMPLING)
