@@ -2,7 +2,7 @@
 
     bash run.sh                                           # laptop: a small world, the whole pipeline
     python save.py --policy DIR --rm DIR --prompts FILE   # one process, your models and prompts
-    torchrun --nproc-per-node 4 save.py                   # the paper's main run; --algo rloo: as in Table 2
+    torchrun --nproc-per-node 4 save.py                   # the paper's main run
 
 Algorithm 2, step t of T                       here                     its lines    equations
     threshold mu(t)                            curriculum_threshold     2            14
@@ -15,13 +15,12 @@ Algorithm 2, step t of T                       here                     its line
     GRPO | RLOO | GSPO on the survivors        policy_step              17
 
 pi_theta is `policy`, R `rewards` (P,G), V `values` (P,), Y+ and Y- `positive` and `negative` (P,G), B~ `valid` (P,):
-P prompts of a step on all ranks, G responses each (`group`), N = P*G rows, T tokens, H hidden size. To fork it, also
-by importing it (tests/forks/): a loss is a row of RM_UPDATES, an advantage one of ALGORITHMS, `label` is for judges.
+P prompts of a step on all ranks, G responses each (`group`), N = P*G rows, T tokens, H hidden size.
+To fork it: a loss is a row of RM_UPDATES, an advantage one of ALGORITHMS, `label` is for judges (tests/forks/).
 """
 import argparse
 import atexit
 import contextlib
-import copy
 import dataclasses
 import datetime
 import fcntl
@@ -40,7 +39,6 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
-
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -49,7 +47,7 @@ import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 # ---- 1. configuration -------------------------------------------------------
 class UsageError(Exception):
@@ -113,23 +111,23 @@ class Config:
 
     def checked(self):
         """Refuse what cannot work; replace every "auto" and none by what will be used."""
-        above_0 = ("steps", "batch", "group", "value_k", "value_batch", "value_epochs", "max_new_tokens", "temperature",
-                   "max_prompt_tokens", "num_minibatches", "top_p")
+        above_0 = ("steps batch group value_k value_batch value_epochs max_new_tokens max_prompt_tokens temperature "
+                   "top_p num_minibatches").split()
         for name, value in vars(self).items():
             if type(value) in (int, float):
                 least = "more than 0" if name in above_0 else "0 or more"
                 expect(0 <= value < math.inf and (value or name not in above_0), f"--{name} {value}: expected {least}")
-        expect(self.m0 <= 1, f"--m0 {self.m0}: expected at most 1")
+        for name in ("m0", "top_p"):
+            expect(getattr(self, name) <= 1, f"--{name} {getattr(self, name)}: expected at most 1")
         ranks = WORLD * self.num_minibatches
         expect(self.batch % ranks == 0, f"--batch {self.batch}: expected a multiple of ranks x minibatches, {ranks}")
         expect(self.group > 1 or self.stage in ("preference", "value"), f"--group {self.group}: expected 2 or more")
         gpu, preference = self.device != "cpu" and torch.cuda.is_available(), self.stage == "preference"
         expect(gpu or self.device != "cuda", "--device cuda: no GPU here, expected cpu or auto")
-        low, high = ALGORITHMS[self.algo].clip
         used = {"device": f"cuda:{LOCAL_RANK}" if gpu else "cpu", "dtype": "bfloat16" if gpu else "float32",
                 "micro_tokens": 8192 if gpu else 2048, "cache_tokens": 155648 if gpu else 0,
-                "steps": None if preference else 320, "lr_rm": 1e-5 if preference else 1e-7,
-                "clip_low": low, "clip_high": high}
+                "steps": None if preference else 320, "lr_rm": 1e-5 if preference else 1e-7}
+        used["clip_low"], used["clip_high"] = ALGORITHMS[self.algo].clip
         unset = {name: x for name, x in used.items() if getattr(self, name) in (None, "auto", "cuda")}
         return dataclasses.replace(self, **unset)
 
@@ -144,21 +142,20 @@ def parse_config(argv=None, kind=Config):
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))
     for field in dataclasses.fields(kind):
         default = "none" if field.default in (None, "", dataclasses.MISSING) else field.default
-        options = {"type": field.type, "choices": choices.get(field.name)}
-        if field.type in (bool, list):
-            options = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"nargs": "+"}
+        plain = {"type": field.type, "choices": choices.get(field.name)}
+        options = {bool: {"action": argparse.BooleanOptionalAction}, list: {"nargs": "+"}}.get(field.type, plain)
         parser.add_argument("--" + field.name, help=f"{comments[field.name]} [{default}]", **options)
     return kind(**vars(parser.parse_args(argv)))
 
 # ---- 2. the maths of the reward model: pure functions of tensors ------------
-def at_least_fp32(x):
-    """Losses are taken in fp32 or better."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+def at_least_fp32(*tensors):
+    """Losses are taken in fp32 or better. One tensor -> one, several -> a list."""
+    exact = [x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in tensors]
+    return exact if len(exact) > 1 else exact[0]
 
 def masked_mean(x, mask, dim=None):
     """Mean of x where mask, 0 where nothing is; the mask may hide inf and nan."""
-    dims = tuple(range(x.dim())) if dim is None else dim
-    return torch.where(mask, x, 0).sum(dims) / mask.sum(dims).clamp(min=1)
+    return torch.where(mask, x, 0).sum(dim) / mask.sum(dim).clamp(min=1)
 
 def curriculum_threshold(step, total_steps, m0):
     """Eq. 14: mu(t) = (2 - p) / 2 with p = min(1 - m0 + t/T, 1); t counts from 1."""
@@ -169,33 +166,31 @@ def rm_advantages(rewards, values):
     return rewards - values[:, None]
 
 def partition(advantages, threshold, usable=None):
-    """Eq. 15-17. advantages (P,G) -> positive (P,G), negative (P,G), valid (P,), all bool.
-    Kept: sigmoid(|a|) >= threshold, in fp64, where 1/2 is exact and no |a| below 36 saturates. a = 0 is positive."""
-    keep = torch.sigmoid(advantages.double().abs()) >= threshold
+    """Eq. 15-17. advantages (P,G) -> positive (P,G), negative (P,G), valid (P,), all bool. a = 0 is positive."""
+    keep = torch.sigmoid(advantages.double().abs()) >= threshold  # fp64: no |a| below 36 saturates
     keep = keep if usable is None else keep & usable
     positive, negative = keep & (advantages >= 0), keep & (advantages < 0)
     return positive, negative, positive.any(1) & negative.any(1)
 
 def bradley_terry_loss(chosen, rejected):
     """Eq. 2 and 11: mean of -log sigmoid(R_w - R_l) over pairs. chosen, rejected (n,)."""
-    return -F.logsigmoid(at_least_fp32(chosen) - at_least_fp32(rejected)).mean()
+    return -F.logsigmoid(torch.sub(*at_least_fp32(chosen, rejected))).mean()
 
 def contrastive_loss(rewards, values, positive, negative, usable=None):
     """Eq. 18-20, mean over valid prompts, 0 if there is none. rewards, masks (P,G); values (P,), without gradient.
     L+ = log(e^V + sum_{Y+} e^R) - mean_{Y+} R        dL+/dR = e^R / (e^V + sum_{Y+} e^R) - 1/|Y+|
     L- = log(e^V + sum_{Y-} e^R) - V                  dL-/dR = e^R / (e^V + sum_{Y-} e^R)"""
-    rewards, anchor = at_least_fp32(rewards), at_least_fp32(values.detach())
-
-    up, down = (torch.cat([anchor[:, None], rewards.masked_fill(~side, -math.inf)], 1).logsumexp(1)
-                for side in (positive, negative))
+    rewards, anchor = at_least_fp32(rewards, values.detach())
+    sides = (rewards.masked_fill(~side, -math.inf) for side in (positive, negative))
+    up, down = (torch.cat([anchor[:, None], side], 1).logsumexp(1) for side in sides)
     loss = up - masked_mean(rewards, positive, 1) + down - anchor
     return masked_mean(loss, positive.any(1) & negative.any(1))
 
 def value_loss(values, rewards, usable=None):
     """Eq. 12 and 21: mean of (V - mean_G R)^2 over usable rows and prompts with any. values (P,), rewards (P,G)."""
     usable = torch.ones_like(rewards, dtype=torch.bool) if usable is None else usable
-    target = masked_mean(at_least_fp32(rewards.detach()), usable, 1)
-    return masked_mean((at_least_fp32(values) - target) ** 2, usable.any(1))
+    values, rewards = at_least_fp32(values, rewards.detach())
+    return masked_mean((values - masked_mean(rewards, usable, 1)) ** 2, usable.any(1))
 
 class RMUpdate(NamedTuple):
     """A row of RM_UPDATES: how the reward model learns from the rewards of a batch."""
@@ -210,8 +205,8 @@ RM_UPDATES = {
 
 # ---- 3. the maths of the policy: pure functions of tensors ------------------
 def grpo_advantages(rewards, keep):
-    """(r - mean) / (std + 1e-4) over the kept rows of each group. rewards, keep (P,G) -> (P,G).
-    Bessel's correction; 0 where not kept or alone. fp64: the fp32 mean of equal numbers may differ from them."""
+    """(r - mean) / (std + 1e-4) over the kept rows of each group, 0 where not kept or alone. (P,G) -> (P,G).
+    fp64: the fp32 mean of equal numbers may differ from them."""
     dtype, rewards, count = rewards.dtype, rewards.double(), keep.sum(1, keepdim=True)
     centred = rewards - masked_mean(rewards, keep, 1)[:, None]
     variance = torch.where(keep, centred ** 2, 0).sum(1, keepdim=True) / (count - 1).clamp(min=1)
@@ -238,9 +233,9 @@ ALGORITHMS = {
 
 def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, algo, clip_low, clip_high, kl_coef):
     """Clipped surrogate, mean over a row's tokens, then over rows with any. Log-probs, mask (N,T), advantages (N,[T]).
-    `algo`: a row of ALGORITHMS. -> loss, {"kl": k3 = exp(ref - lp) - (ref - lp) - 1, "clipped": share of tokens}."""
-    mask, rows = mask.bool(), mask.bool().any(1)
-    log_ratio = torch.where(mask, at_least_fp32(log_probs) - at_least_fp32(old_log_probs.detach()), 0)
+    -> loss, {"kl": k3 = exp(ref - lp) - (ref - lp) - 1, "clipped": share of tokens}."""
+    mask, log_probs = mask.bool(), at_least_fp32(log_probs)
+    log_ratio = torch.where(mask, log_probs - at_least_fp32(old_log_probs.detach()), 0)
     of_row = log_ratio.sum(1, keepdim=True)
     mean = of_row / mask.sum(1, keepdim=True).clamp(min=1)
     ratio = {"token": log_ratio, "mean": mean, "sum": of_row}[algo.ratio]
@@ -248,47 +243,47 @@ def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, al
     advantages = torch.where(mask, advantages[:, None] if advantages.dim() == 1 else advantages, 0)
     free, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     # a masked 0 - 0 = 0 keeps whatever the padding holds out of exp
-    gap = torch.where(mask, at_least_fp32(ref_log_probs.detach()) - at_least_fp32(log_probs), 0)
+    gap = torch.where(mask, at_least_fp32(ref_log_probs.detach()) - log_probs, 0)
     k3 = gap.exp() - gap - 1
-    per_token = -torch.minimum(free, clipped)
-    per_token = {"loss": per_token + kl_coef * k3, "reward": per_token}[algo.kl]
-    share = (clipped < free).float()
-    loss, kl, clipped = (masked_mean(masked_mean(x, mask, 1), rows) for x in (per_token, k3.detach(), share))
-    return loss, {"kl": kl, "clipped": clipped}
+    per_token = {"loss": kl_coef * k3, "reward": 0}[algo.kl] - torch.minimum(free, clipped)
+    per_token = per_token, k3.detach(), (clipped < free).float()
+    loss, kl, share = (masked_mean(masked_mean(x, mask, 1), mask.any(1)) for x in per_token)
+    return loss, {"kl": kl, "clipped": share}
 
 # ---- 4. the two models ------------------------------------------------------
+LOADING = {"dtype": "auto", "output_loading_info": True, "trust_remote_code": False}  # none of its code is run
+
 class RewardModel(nn.Module):
     """f_omega `model.base_model`, h_phi `model.score`, v_psi `value_head`; fp32 heads: bf16 would make ties."""
-
     def __init__(self, model, tokenizer, value_head=None):
         super().__init__()
-        self.model, self.tokenizer, self.has_value_head = remove_dropout(model), tokenizer, bool(value_head)
+        self.model, self.tokenizer, self.has_value_head = checked_model(model, tokenizer), tokenizer, bool(value_head)
         self.model.score.float()
-        width = model.score.in_features
-        ids, start = encode_responses(tokenizer, [{"role": "user", "content": "a"}], ["b"])[0]
+        [(ids, start)] = encode_responses(tokenizer, [{"role": "user", "content": "a"}], ["b"])
         expect(len(ids) > start, "its chat template leaves out the response")
         self.template_tokens = len(ids) - start - len(tokenizer("b", add_special_tokens=False)["input_ids"])
+        width = model.score.in_features
         self.value_head = nn.Linear(width, 1)
         self.value_head.load_state_dict(value_head or {"weight": torch.zeros(1, width), "bias": torch.zeros(1)})
 
     @classmethod
     def from_pretrained(cls, path, new_head=False, seed=0):
         """A folder or hub name in its own precision; `new_head`: a causal LM will do."""
-        with blamed(f"--rm {path}"):
-            model, tokenizer, missing = load(path, AutoModelForSequenceClassification, num_labels=1)
-            expect(not missing or new_head and missing == {"score.weight"}, "expected a reward model, it lacks weights "
-                   f"({', '.join(sorted(missing))}; --stage preference makes one of a causal LM)")
-            expect(isinstance(getattr(model, "score", None), nn.Linear),
-                   f"expected a causal model with a linear `score` head, got {type(model).__name__}")
-            if missing:
+        with blamed(f"--rm {path}: expected a reward model with a linear `score` (--stage preference makes one)"):
+            kind = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            expect(kind.num_labels == 1 or "Classification" not in str(kind.architectures), "it has not 1 label")
+            model, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **LOADING)
+            missing = {*info["missing_keys"]} - ({"score.weight"} if new_head else set())
+            expect(not missing and isinstance(model.score, nn.Linear), f"it lacks {', '.join(missing)[:80]}")
+            if info["missing_keys"]:
                 numbers = torch.Generator().manual_seed(seed_for(seed, "reward head"))
                 noise = torch.randn(model.score.weight.shape, generator=numbers)
                 model.score.weight.data = noise / (model.score.in_features + 1) ** 0.5
-            head = Path(path) / "value_head.safetensors"
-            return cls(model, tokenizer, safetensors.torch.load_file(head) if head.is_file() else None)
+            head = Path(path, "value_head.safetensors")
+            return cls(model, load_tokenizer(path, "rm"), safetensors.torch.load_file(head) if head.is_file() else None)
 
     def features(self, input_ids, lengths, prompt_lengths):
-        """Hidden states (N,H), fp32: at the last token for R, at the last prompt token for V."""
+        """Hidden states (N,H), fp32: at the last token for R, at the end of the prompt for V."""
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         rows = torch.arange(len(input_ids), device=input_ids.device)
         return hidden[rows, lengths - 1].float(), hidden[rows, prompt_lengths - 1].float()
@@ -304,40 +299,32 @@ class RewardModel(nn.Module):
 
     def save_pretrained(self, path):
         """A stock AutoModelForSequenceClassification folder in fp32 and value_head.safetensors."""
-        config, tokenizer = copy.deepcopy(self.model.config), copy.deepcopy(self.tokenizer)
+        model, tokenizer = self.model.float(), self.tokenizer
         # stock pooling reads the last token that is not the pad id: it must not end a chat
-        chat = [{"role": role, "content": "a"} for role in ("user", "assistant")]
-        never = None, encode_chats(tokenizer, [chat])[0][-1]
-        spare = config.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, 0, 1
-        config.pad_token_id = next(i for i in spare if i not in never)
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
-        with torch.device("meta"):
-            stock = type(self.model)(config)
-        state = self.model.state_dict().items()
-        stock.load_state_dict({name: x.float() if x.is_floating_point() else x for name, x in state}, assign=True)
-        with replaced_folder(path, stock, tokenizer) as folder:
-            if self.has_value_head and RANK == 0:  # weight (1,H) and bias (1,), fp32
+        [(chat, _)] = encode_responses(tokenizer, [{"role": "user", "content": "a"}], ["b"])
+        spare = model.config.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, 0, 1
+        model.config.pad_token_id = next(i for i in spare if i not in (None, chat[-1]))
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
+        with replaced_folder(path, model, tokenizer) as folder:
+            if self.has_value_head and RANK == 0:
                 safetensors.torch.save_model(self.value_head, folder / "value_head.safetensors")
 
 class Policy(nn.Module):
     """A causal LM whose forward gives log-probs of responses, never the whole logits."""
-
     def __init__(self, model, tokenizer):
         super().__init__()
-        self.model, self.tokenizer = remove_dropout(model), tokenizer
+        self.model, self.tokenizer = checked_model(model, tokenizer), tokenizer
         eos = model.generation_config.eos_token_id
-        eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id}
-        self.eos_ids = sorted(eos - {None})
+        self.eos_ids = sorted({*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None})
 
     @classmethod
     def from_pretrained(cls, path):
         """A folder or hub name in its own precision."""
-        with blamed(f"--policy {path}"):
-            model, tokenizer, missing = load(path, AutoModelForCausalLM)
-            expect(not missing and "CausalLM" in str(model.config.architectures),
-                   f"expected a causal language model, got {model.config.architectures}")
-            policy = cls(model, tokenizer)
-            return policy if policy.eos_ids else fail("expected an EOS token in its tokenizer")
+        with blamed(f"--policy {path}: expected a causal language model with an EOS token"):
+            model, info = AutoModelForCausalLM.from_pretrained(path, **LOADING)
+            policy, kinds = cls(model, load_tokenizer(path)), str(model.config.architectures)
+            expect(policy.eos_ids and not info["missing_keys"] and "CausalLM" in kinds, f"got {kinds}")
+            return policy
 
     @torch.no_grad()
     def check_logits(self, path):
@@ -345,9 +332,8 @@ class Policy(nn.Module):
         ids = torch.arange(3, 11, device=self.model.device)[None] % self.model.config.vocab_size
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         plain, own = self.model.get_output_embeddings()(hidden), self.model(ids).logits
-        expect(own.isfinite().all(), f"--policy {path}: expected finite weights, its logits are not")
-        expect(torch.allclose(plain.float(), own.float(), rtol=1e-2, atol=1e-2),
-               f"--policy {path}: expected a plain output layer, {type(self.model).__name__} scales or caps it")
+        same, kind = torch.allclose(plain.float(), own.float(), rtol=1e-2, atol=1e-2), type(self.model).__name__
+        expect(same, f"--policy {path}: expected a plain output layer, {kind} scales or caps it, or is not finite")
 
     def token_log_probs(self, hidden, targets, temperature):
         """log pi(target) over the full vocabulary. hidden (M,H), targets (M,) -> (M,)."""
@@ -362,40 +348,31 @@ class Policy(nn.Module):
         rows, offsets = mask.nonzero(as_tuple=True)
         position = prompt_lengths[rows] + offsets  # a token is predicted by the state before it
         hidden, targets = hidden[rows, position - 1].split(chunk), input_ids[rows, position].split(chunk)
-        log_probs = torch.cat([checkpoint(self.token_log_probs, h, t, temperature, use_reentrant=False)
-                               for h, t in zip(hidden, targets)])
-        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs), mask
+        log_probs = [checkpoint(self.token_log_probs, h, t, temperature, use_reentrant=False)
+                     for h, t in zip(hidden, targets)]
+        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(log_probs)), mask
 
-def load(path, kind, **options):
-    """(model, tokenizer, names of missing weights) of a folder or hub name; none of its code is run."""
-    options.update(dtype="auto", output_loading_info=True, trust_remote_code=False)
-    with blamed("expected a model folder or hub name"):
-        model, info = kind.from_pretrained(path, **options)
-    tokenizer, rows = load_tokenizer(path), model.get_input_embeddings().num_embeddings
-    expect(len(tokenizer) <= rows, f"expected an embedding for each of {len(tokenizer)} tokens, it has {rows}")
-    return model, tokenizer, set(info["missing_keys"])
-
-def load_tokenizer(path):
+def load_tokenizer(path, flag="policy"):
     """The tokenizer of a model folder or hub name; it must carry a chat template."""
-    with blamed("expected a folder or hub name of a model with its tokenizer"):
+    with blamed(f"--{flag} {path}: expected a model whose tokenizer has a chat template"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    return tokenizer if tokenizer.chat_template else fail("its tokenizer has no chat template")
+        return tokenizer if tokenizer.chat_template else fail("it has none")
 
-def remove_dropout(model):
-    """Every dropout rate 0: two passes over the same rows must give the same numbers."""
+def checked_model(model, tokenizer):
+    """An embedding for each token; every dropout rate 0: two passes over a row must give the same."""
+    rows = model.get_input_embeddings().num_embeddings
+    expect(len(tokenizer) <= rows, f"expected {len(tokenizer)} embeddings, one a token, it has {rows}")
     for module in model.eval().modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("drop" in name or isinstance(module, nn.Dropout)):
-                setattr(module, name, 0.0)
+        rates = [name for name, x in vars(module).items() if isinstance(x, float) and ("drop" in name or name == "p")]
+        vars(module).update(dict.fromkeys(rates, 0.0))
     return model
 
 def to_working_copy(module, cfg):
-    """To the device, in --dtype but for reward heads and buffers (rotary frequencies); masters are taken before."""
-    body = module.model.base_model if isinstance(module, RewardModel) else module.model
-    for p in body.parameters():
+    """To the device, in --dtype but for reward heads and buffers; masters are taken before."""
+    for p in (module.model.base_model if isinstance(module, RewardModel) else module.model).parameters():
         p.data = p.data.to(cfg.device, getattr(torch, cfg.dtype))
     if cfg.device != "cpu":  # recompute activations in the backward pass
-        model = module.model  # the second name is that of transformers before 5.23
+        model = module.model  # the older name is that of transformers before 5.23
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
     return module.to(cfg.device)
 
@@ -404,10 +381,9 @@ def sample_tokens(logits, uniforms, temperature, top_p, top_k):
     """A token per row: temperature (0: greedy), top-k, top-p over what is left, at `uniforms`. (n,V), (n,) -> (n,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    vocabulary = logits.shape[-1]
-    ids = torch.arange(vocabulary, device=logits.device).expand_as(logits)
+    ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
     if top_k or top_p < 1:
-        logits, ids = logits.topk(min(top_k or vocabulary, vocabulary))
+        logits, ids = logits.topk(min(top_k or sys.maxsize, logits.shape[-1]))
     probs = (logits.double() / temperature).softmax(-1)
     probs = torch.where(probs.cumsum(-1) - probs < top_p, probs, 0)  # the smallest set that reaches top_p
     cumulative = probs.cumsum(-1)
@@ -416,14 +392,13 @@ def sample_tokens(logits, uniforms, temperature, top_p, top_k):
 
 @torch.no_grad()
 def rollout(policy, prompt_ids, group, seeds, *, max_new_tokens, temperature, top_p, top_k, cache_tokens=0):
-    """`group` responses to each of P token lists -> P*group token lists (with EOS), and whether each ended.
-    A row has its own seed: it does not depend on the batch. In waves of at most `cache_tokens` (0: one wave)."""
+    """`group` responses to each of P token lists -> P*group token lists (with EOS), and whether each ended."""
     responses, ended = [None] * len(seeds), [None] * len(seeds)
-    caches = [(range(group * (len(ids) + max_new_tokens)), 0) for ids in prompt_ids]
+    caches = [(range(group * (len(ids) + max_new_tokens)), 0) for ids in prompt_ids]  # all rows of a prompt
     for wave in micro_batches(range(len(prompt_ids)), caches, cache_tokens or sys.maxsize):
         rows = [prompt * group + g for prompt in wave for g in range(group)]
-        tokens, done = decode(policy, [prompt_ids[prompt] for prompt in wave], group, [seeds[row] for row in rows],
-                              max_new_tokens, temperature, top_p, top_k)
+        prompts, own = [prompt_ids[prompt] for prompt in wave], [seeds[row] for row in rows]
+        tokens, done = decode(policy, prompts, group, own, max_new_tokens, temperature, top_p, top_k)
         for row, ids, end in zip(rows, tokens.tolist(), done.tolist()):
             responses[row], ended[row] = [token for token in ids if token >= 0], end
     return responses, ended
@@ -437,13 +412,13 @@ def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
     ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
     mask = torch.arange(width + max_new_tokens, device=device) >= width - lengths[:, None]
     cache = transformers.DynamicCache(config=model.config)
-    logits = model(input_ids=ids, attention_mask=mask[:, :width].long(), past_key_values=cache, logits_to_keep=1,
-                   position_ids=(mask[:, :width].cumsum(1) - 1).clamp(min=0)).logits[:, -1]
+    position = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask[:, :width].long(), position_ids=position, past_key_values=cache,
+                   logits_to_keep=1).logits[:, -1]
     cache.batch_repeat_interleave(group)
     logits, mask, position = (x.repeat_interleave(group, 0) for x in (logits, mask, lengths))
-
-    uniforms = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed))
-                            for seed in seeds]).to(device)
+    numbers = [torch.Generator().manual_seed(seed) for seed in seeds]
+    uniforms = torch.stack([torch.rand(max_new_tokens, generator=own) for own in numbers]).to(device)
     stop_ids = torch.tensor(policy.eos_ids, device=device)
     tokens = torch.full((len(seeds), max_new_tokens), -1, device=device)
     ended = torch.zeros(len(seeds), dtype=torch.bool, device=device)
@@ -473,12 +448,8 @@ class Run:
     log: "Log" = None
     optimizers: dict = dataclasses.field(default_factory=dict)  # of "rm", "value" and "policy" those in training
     step: int = 1  # under way
-    inputs: dict = dataclasses.field(default_factory=dict)  # digests, for the checkpoint
-    lr_scale: float = 1.0  # of all learning rates, see `schedule`
-
-    def schedule(self, done, steps):
-        """Set the learning rates' factor after `done` of so many steps."""
-        self.lr_scale = 1 - done / steps if self.cfg.lr_schedule == "linear" else 1.0
+    inputs: dict = dataclasses.field(default_factory=dict)  # digest of what was read, for the checkpoint
+    lr_scale: float = 1.0  # of all learning rates, --lr_schedule
 
 @dataclasses.dataclass
 class Batch:
@@ -495,13 +466,13 @@ class Batch:
     features: torch.Tensor = None  # (P,H) at the end of the prompt, for V
 
 def sample(run, prompts, group, step, purpose="rollout"):
-    """`group` responses to each of this rank's `prompts`, also in the reward model's words."""
+    """`group` responses to each of this rank's `prompts`."""
     cfg, own = run.cfg, mine(prompts)
     seeds = [seed_for(cfg.seed, purpose, step, p, g) for p in mine(range(len(prompts))) for g in range(group)]
     options = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "cache_tokens")}
     with run.log.time("rollout"):
         responses, ended = rollout(run.policy, [ids for _, ids in own], group, seeds, **options)
-    # the policy's tokens mean nothing to the reward model: decode, apply its template, tokenize with its tokenizer
+    # the policy's tokens mean nothing to the reward model
     texts = run.policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
     chats = [chat for i, (messages, _) in enumerate(own)
              for chat in encode_responses(run.rm.tokenizer, messages, texts[i * group:(i + 1) * group])]
@@ -515,11 +486,11 @@ def sample(run, prompts, group, step, purpose="rollout"):
 @torch.no_grad()
 def score(rm, sequences, budget):
     """[(ids, prompt_length)] -> rewards (N,) and prompt features (N,H) for V, without gradients."""
-    device, count, first = rm.value_head.weight.device, len(sequences), {}  # equal ones once: rounding must not rank
+    head, count, first = rm.value_head.weight, len(sequences), {}  # equal ones once: rounding must not rank
     same = [first.setdefault((tuple(ids), length), row) for row, (ids, length) in enumerate(sequences)]
-    rewards, features = torch.empty(count, device=device), torch.empty(count, rm.value_head.in_features, device=device)
+    rewards, features = head.new_empty(count), head.new_empty(count, head.shape[1])
     for rows in micro_batches(first.values(), sequences, budget):
-        last, features[rows] = rm.features(*model_inputs([sequences[row] for row in rows], device))
+        last, features[rows] = rm.features(*model_inputs([sequences[row] for row in rows], head.device))
         rewards[rows] = rm.model.score(last).squeeze(-1)
     return rewards[same], features[same]
 
@@ -529,12 +500,12 @@ def score_batch(run, batch):
         scores = score(run.rm, batch.chats, run.cfg.micro_tokens)
         rewards, features = (x.unflatten(0, (len(batch.prompts), -1)) for x in scores)
         batch.rewards, batch.features = gather(rewards), gather(features[:, 0])  # one V a prompt
-    if not batch.rewards.isfinite().all():  # on every rank at once
+    if not batch.rewards.isfinite().all():
         raise FloatingPointError("a reward is not finite")
 
 @torch.no_grad()
 def anchor(run, batch):
-    """V (P,): of the value head, or the group mean, also where only the logs show it."""
+    """V (P,): of the value head, or the group mean."""
     if RM_UPDATES[run.cfg.rm_update].anchor == "value head":
         return run.rm.value(batch.features)
     usable = batch.usable | ~batch.usable.any(1, keepdim=True)  # a group without usable rows: the mean of all
@@ -546,7 +517,7 @@ def label(run, batch):
     return rm_advantages(batch.rewards, anchor(run, batch))
 
 def filtered(run, batch, usable=None):
-    """Step 1, Eq. 14-17: positive, negative (P,G), valid (P,). Without an anchor everything is kept."""
+    """Step 1, Eq. 14-17: positive, negative (P,G), valid (P,). Without an anchor all are kept."""
     if not RM_UPDATES[run.cfg.rm_update].anchor:
         keep = torch.ones_like(batch.ended) if usable is None else usable
         return keep, torch.zeros_like(keep), keep.any(1)
@@ -554,9 +525,8 @@ def filtered(run, batch, usable=None):
 
 def reward_model_step(run, batch, positive, negative):
     """Step 2, Eq. 18-20, on backbone and reward head. True if there was anything to learn from.
-    The loss needs all rewards of a group at once, memory holds a few rows. But scoring has given the rewards: take
-    dL/dR on those (P,G) numbers, then back-propagate sum(R * dL/dR) in any micro-batches. Exact, and rows whose dL/dR
-    is 0 (filtered, one-sided prompts) cost nothing."""
+    The loss needs all rewards of a group, memory holds a few rows: take dL/dR on the (P,G) rewards of the scoring,
+    then back-propagate sum(R * dL/dR) in any micro-batches. Exact, and rows whose dL/dR is 0 cost nothing."""
     rewards = batch.rewards.clone().requires_grad_()
     loss = RM_UPDATES[run.cfg.rm_update].loss(rewards, anchor(run, batch), positive, negative, batch.usable)
     weights = torch.autograd.grad(loss, rewards)[0]
@@ -565,17 +535,13 @@ def reward_model_step(run, batch, positive, negative):
         return False
     own = mine(weights).flatten()
     rows = own.nonzero()[:, 0].tolist() or [0]  # a rank with nothing to train on takes part with weight 0
-
-    def micro_loss(model, rows):
-        rewards, _ = model(*model_inputs([batch.chats[row] for row in rows], own.device))
-        return (rewards * own[rows]).sum(), ()
-
-    train_on(run, "rm", micro_batches(rows, batch.chats, run.cfg.micro_tokens), micro_loss)
+    train_on(run, "rm", micro_batches(rows, batch.chats, run.cfg.micro_tokens), lambda model, rows: (
+        (model(*model_inputs([batch.chats[row] for row in rows], own.device))[0] * own[rows]).sum(), ()))
     return True
 
 def value_step(run, rewards, features, usable):
     """Eq. 12 and 21 on the value head, the same step on every rank. Returns the loss before it."""
-    run.rm.value_head.requires_grad_(True)  # `accumulate` takes it away
+    run.rm.value_head.requires_grad_(True)  # see `accumulate`
     loss = value_loss(run.rm.value(features), rewards, usable)
     loss.backward()
     run.optimizers["value"].step(run.lr_scale)
@@ -583,8 +549,7 @@ def value_step(run, rewards, features, usable):
 
 @torch.no_grad()
 def response_log_probs(run, batch, batches):
-    """Log-probs (N/W,R) under the working copy, 0 where there is none; in the training pass's micro-batches, since
-    others round differently: in bf16 that alone clips a tenth of GSPO's rows."""
+    """Log-probs (N/W,R), 0 past the end. In the micro-batches of training: others round differently."""
     result = torch.zeros(len(batch.sequences), int(batch.lengths.max()), device=run.cfg.device)
     for part in batches:
         inputs = model_inputs([batch.sequences[row] for row in part], run.cfg.device)
@@ -600,8 +565,9 @@ def policy_advantages(run, batch, trained, old, reference):
     return mine(algorithm.advantages(rewards, trained)).flatten()
 
 def policy_step(run, batch, keep):
-    """Step 3: the row of ALGORITHMS on the survivors `keep` (P,G), with the improved reward model's rewards."""
+    """Step 3: the row of ALGORITHMS on the survivors `keep` (P,G), with the improved rewards."""
     cfg, algorithm, group = run.cfg, ALGORITHMS[run.cfg.algo], keep.shape[1]
+    knobs = {name: getattr(cfg, name) for name in ("clip_low", "clip_high", "kl_coef")}
     trained = keep & (keep.sum(1, keepdim=True) >= 2)  # one alone has nothing to be compared with
     if not trained.any():
         return
@@ -621,11 +587,10 @@ def policy_step(run, batch, keep):
         log_probs, mask = model(*model_inputs([batch.sequences[row] for row in rows], cfg.device), cfg.temperature)
         width = log_probs.shape[1]
         own = advantages[rows] if advantages.dim() == 1 else advantages[rows, :width]
-        # a single update: the ratio is exactly 1, where a second bf16 pass would put noise into it
+        # a single update: the ratio is exactly 1
         before = log_probs if cfg.num_minibatches == 1 else old[rows, :width]
         initial = log_probs if reference is None else reference[rows, :width]
-        loss, stats = policy_loss(log_probs, before, initial, own, mask, algo=algorithm, clip_low=cfg.clip_low,
-                                  clip_high=cfg.clip_high, kl_coef=cfg.kl_coef)
+        loss, stats = policy_loss(log_probs, before, initial, own, mask, algo=algorithm, **knobs)
         weight = len(rows) / count if part else 0  # 0 for a rank that only takes part
         return loss * weight, (loss * weight, stats["kl"] * weight, stats["clipped"] * weight)
 
@@ -637,14 +602,14 @@ def policy_step(run, batch, keep):
     run.log.put(policy_loss=loss, kl=kl, clipped=clipped, survivors=trained.float().mean())
 
 def train_on(run, name, batches, micro_loss):
-    """One step of the model `name` on the micro-batches of all ranks -> the sums of micro_loss's numbers."""
+    """One step of the model `name` on all ranks' micro-batches -> the sums of micro_loss's numbers."""
     with run.log.time(f"{name}_update"):
         sums = accumulate(getattr(run, name), batches, micro_loss)
         run.log.put(**{f"{name}_grad_norm": run.optimizers[name].step(run.lr_scale)})
     return sums
 
 def save_step(run, prompts):
-    """One step of Algorithm 2 on the next prompts, those of all ranks."""
+    """One step of Algorithm 2 on the next prompts."""
     prompts = draw(prompts, run.cfg.seed, "prompts", (run.step - 1) * run.cfg.batch, run.cfg.batch)
     learn(run, sample(run, prompts, run.cfg.group, run.step))
 
@@ -654,7 +619,6 @@ def learn(run, batch):
     score_batch(run, batch)
     positive, negative, valid = filtered(run, batch, batch.usable)  # 1: adaptive feedback filtering
     record(run, batch, positive, negative, valid)
-
     before = batch.rewards
     if row.loss and reward_model_step(run, batch, positive, negative):  # 2: the reward model
         score_batch(run, batch)
@@ -663,14 +627,13 @@ def learn(run, batch):
         log.put(reward_shift=(batch.rewards - before).abs().mean(), deflation=log.deflation)
     if row.anchor == "value head" and batch.usable.any():
         log.put(value_loss=value_step(run, batch.rewards, batch.features, batch.usable))
-
     positive, negative, _ = filtered(run, batch)  # 3: the policy, with truncated responses
     policy_step(run, batch, positive | negative)
     log.put(health=health(run))
 
 # ---- 7. stages --------------------------------------------------------------
 def preference_step(run, pairs):
-    """Stage preference: one step of Eq. 11 on the next pairs, those of all ranks."""
+    """Stage preference: one step of Eq. 11 on the next pairs."""
     cfg = run.cfg
     batch = mine(draw(pairs, cfg.seed, "pairs", (run.step - 1) * cfg.batch, cfg.batch))
     longer = [max(pair, key=lambda side: len(side[0])) for pair in batch]
@@ -685,10 +648,10 @@ def preference_step(run, pairs):
     run.log.put(rm_loss=loss, rm_accuracy=accuracy)
 
 def value_stage(run, prompts):
-    """Stage value, Eq. 12: V towards the mean reward of K responses, sampled and scored once; R is frozen."""
+    """Stage value, Eq. 12: V towards the mean reward of K responses; R is frozen."""
     cfg, batches = run.cfg, []
     count = cfg.value_prompts or min(len(prompts), cfg.batch * cfg.steps)
-    count = max(1, count // cfg.batch) * cfg.batch  # whole batches: every rank has the same number of prompts
+    count = max(1, count // cfg.batch) * cfg.batch  # whole batches
     chosen = draw(prompts, cfg.seed, "value prompts", 0, count)
     for start in tqdm(range(0, count, cfg.batch), "value: sample, score", disable=NO_BAR):
         batch = sample(run, chosen[start:start + cfg.batch], cfg.value_k, start, "value")
@@ -698,7 +661,7 @@ def value_stage(run, prompts):
     run.optimizers["value"] = ShardedAdamW(run.rm.value_head, cfg.value_lr, cfg)
     parts = torch.arange(count).split(cfg.value_batch) * cfg.value_epochs
     for done, part in enumerate(parts):
-        run.schedule(done, len(parts))
+        run.lr_scale = 1 - (cfg.lr_schedule == "linear") * done / len(parts)
         if usable[part].any():
             value_step(run, *(x[part] for x in data))
     run.rm.has_value_head = True
@@ -707,7 +670,7 @@ def value_stage(run, prompts):
     run.log.write(0, "value")
 
 def each_step(run, heldout, stage, saved):
-    """Yield at each step; around them resume, evaluate, log, save, and listen to SIGTERM and Ctrl-C."""
+    """Yield at each step; around them resume, evaluate, log and save."""
     cfg, asked, done = run.cfg, [], saved[0]["step"] if saved else 0
     for name, optimizer in run.optimizers.items() if saved else ():
         states = [state["optimizers"][name] for state in saved]  # of however many ranks there were
@@ -723,13 +686,13 @@ def each_step(run, heldout, stage, saved):
         run.log.write(0, stage)
     for run.step in tqdm(range(done + 1, cfg.steps + 1), stage, disable=NO_BAR):
         start = time.perf_counter()
-        run.schedule(run.step - 1, cfg.steps)
+        run.lr_scale = 1 - (cfg.lr_schedule == "linear") * (run.step - 1) / cfg.steps
         yield
         run.log.put(step_seconds=time.perf_counter() - start)
         if run.step == cfg.steps or cfg.eval_every and run.step % cfg.eval_every == 0:
             heldout_accuracy(run, heldout)
         run.log.write(run.step, stage)
-        stopping = total(len(asked))[0] > 0  # a signal to one rank stops all of them after the same step
+        stopping = total(len(asked))[0] > 0  # a signal to one rank stops all
         if stopping or cfg.save_every and run.step % cfg.save_every == 0:
             save_checkpoint(run)
         if stopping:
@@ -737,7 +700,7 @@ def each_step(run, heldout, stage, saved):
             sys.exit(0)
 
 def heldout_accuracy(run, heldout):
-    """Percentage of pairs with R(chosen) > R(rejected) for each --heldout file; a tie is wrong."""
+    """Percentage of pairs with R(chosen) > R(rejected), a tie is wrong, of each --heldout file."""
     for name, pairs in heldout.items():
         rewards, _ = score(run.rm, [side for pair in mine(pairs) for side in pair], run.cfg.micro_tokens)
         accuracy = 100 * total((rewards[0::2] > rewards[1::2]).sum())[0] / len(pairs)
@@ -746,27 +709,25 @@ def heldout_accuracy(run, heldout):
 
 # ---- 8. optimizer and offload -----------------------------------------------
 class ShardedAdamW:
-    """AdamW on fp32 masters, whole parameters dealt to ranks (ZeRO-1): 12 bytes each / WORLD. The model keeps a working
-    copy in any precision; bf16 alone would not move at lr 1e-7. With `keep_initial` each rank keeps its share of the
-    initial weights: `swapped` makes the reference model of them in the policy's own storage."""
-    max_norm = 1.0                   # gradients are clipped to it
+    """AdamW on fp32 masters, whole parameters dealt to ranks (ZeRO-1); the model is a working copy: bf16 would not move
+    at lr 1e-7. `keep_initial`: initial weights are dealt too, `swapped` makes the reference model of them."""
+    max_norm = 1.0  # gradients are clipped to it
 
     def __init__(self, model, lr, cfg, keep_initial=False):
         self.lr, self.device = lr, "cpu" if cfg.offload else cfg.device
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         load, self.owner = [0] * WORLD, {}
-        for name, p in sorted(self.named, key=lambda item: -item[1].numel()):  # largest first, to the emptiest rank
+        for name, p in sorted(self.named, key=lambda item: -item[1].numel()):  # to the emptiest rank
             self.owner[name] = load.index(min(load))
             load[self.owner[name]] += p.numel()
-        self.masters = {name: p.detach().to(self.device, torch.float32, copy=True)
-                        for name, p in self.named if self.owner[name] == RANK}
-        self.initial = {name: p.to(getattr(torch, cfg.dtype), copy=True)
-                        for name, p in self.masters.items() if keep_initial}
-        self.adamw = torch.optim.AdamW(self.masters.values() or [torch.zeros(1)], lr, betas=(0.9, 0.999), eps=1e-8,
-                                       weight_decay=0.0, fused=True)  # torch's own weight decay would be 0.01
+        own = [(name, p.detach()) for name, p in self.named if self.owner[name] == RANK]
+        self.masters = {name: p.to(self.device, torch.float32, copy=True) for name, p in own}
+        initial, dtype = self.masters if keep_initial else {}, getattr(torch, cfg.dtype)
+        self.initial = {name: p.to(dtype, copy=True) for name, p in initial.items()}
+        self.adamw = torch.optim.AdamW(self.masters.values() or [torch.zeros(1)], lr, weight_decay=0.0, fused=True)
 
     def publish(self, source):
-        """Write `source`, this rank's masters or initial weights, into the working copy of every rank."""
+        """Write `source`, this rank's masters or initial weights, into all working copies."""
         for name, p in self.named:
             if self.owner[name] == RANK:
                 p.data.copy_(source[name])
@@ -781,8 +742,8 @@ class ShardedAdamW:
 
     def step(self, lr_scale=1.0):
         """One step from p.grad, the same on every rank. Returns the gradient norm before clipping."""
-        norm = torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for _, p in self.named
-                            if p.grad is not None]).norm().item()
+        grads = [p.grad for _, p in self.named if p.grad is not None]
+        norm = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]).norm().item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm}, nothing was updated")
         scale = min(1.0, self.max_norm / (norm + 1e-6))  # as torch clips
@@ -801,15 +762,15 @@ class ShardedAdamW:
         return {name: {"master": p.detach(), **self.adamw.state[p]} for name, p in self.masters.items()}
 
     def load_state_dict(self, state):
-        """Take this rank's part out of a state_dict of any rank, of however many there were."""
+        """Take this rank's part out of a state_dict of any rank."""
         for name in state.keys() & self.masters.keys():
             master, moments = self.masters[name], dict(state[name])
             master.data.copy_(moments.pop("master"))
             self.adamw.state[master] = {key: x.to(self.device, copy=True) for key, x in moments.items()}
 
 # ---- 9. ranks: the only place that knows torch.distributed ------------------
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
-                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 NO_BAR = None if RANK == 0 else True  # of tqdm: bars are for rank 0, on a terminal
 
 def start_ranks(device):
@@ -818,11 +779,11 @@ def start_ranks(device):
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
         patience = datetime.timedelta(hours=2)  # one rank may decode much longer than another
-        # after a restart torchrun's store still holds the addresses of the dead ranks (pytorch issue 135712)
+        # after a restart torchrun's store holds the addresses of the dead ranks (pytorch issue 135712)
         attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", timeout=patience))[0])
-        dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=RANK, world_size=WORLD,
-                                timeout=patience)
+        kind = "gloo" if device == "cpu" else "nccl"
+        dist.init_process_group(kind, store=store, rank=RANK, world_size=WORLD, timeout=patience)
         atexit.register(dist.destroy_process_group)
 
 def barrier():
@@ -831,18 +792,18 @@ def barrier():
         dist.barrier()
 
 def together(work, in_turn=False):
-    """work() on every rank; what one of them refuses is refused by all. `in_turn`: host memory holds weights once."""
-    refusals, refusal, result = [""] * WORLD, "", None
+    """work() on every rank; what one refuses all refuse. `in_turn`: host memory holds weights once."""
+    refusal, result = "", None
     for rank in range(WORLD if in_turn else 1):
-        if rank == RANK or not in_turn:
-            try:
-                result = work()
-            except UsageError as error:
-                refusal = str(error)
+        try:
+            result = work() if rank == RANK or not in_turn else result
+        except UsageError as error:
+            refusal = str(error)
         barrier()
+    refusals = [refusal] * WORLD
     if WORLD > 1:
         dist.all_gather_object(refusals, refusal)
-    expect(not any([*refusals, refusal]), max(*refusals, refusal))
+    expect(not any(refusals), max(refusals))
     return result
 
 def mine(items):
@@ -850,7 +811,7 @@ def mine(items):
     return items[RANK::WORLD]
 
 def gather(share):
-    """(P/W, ...) on each rank -> (P, ...) on every rank, in the order that `mine` took it from."""
+    """(P/W, ...) on each rank -> (P, ...) on every rank, the reverse of `mine`."""
     if WORLD == 1:
         return share
     shares = [torch.empty_like(share, dtype=torch.float32) for _ in range(WORLD)]
@@ -871,20 +832,19 @@ def total(*numbers):
     return sums.tolist()
 
 def accumulate(model, batches, micro_loss):
-    """The gradient of micro_loss(model, rows) -> (loss, numbers), summed over all, into p.grad; sums of the numbers.
-    DDP and its buckets exist only in here. Ranks may have different numbers of micro-batches (at least one): gradients
-    are exchanged once, in the last backward. DDP averages over ranks, our denominators are global: a factor WORLD."""
+    """The gradient of micro_loss(model, rows) -> (loss, numbers), summed, into p.grad. Returns the sums of numbers.
+    Ranks may have different numbers of micro-batches, at least one. DDP averages over ranks: a factor WORLD."""
     model.zero_grad()
-    model.train()  # transformers recomputes activations in no other mode; dropout was removed at load
-    if isinstance(model, RewardModel):  # V has a step of its own, DDP would wait for its gradient
+    model.train()  # activations are recomputed in no other mode; there is no dropout
+    if isinstance(model, RewardModel):  # V has a step of its own
         model.value_head.requires_grad_(False)
     wrapped, sums = model, []
-    if WORLD > 1:  # gradients that are there become views of DDP's buckets, others would be held twice
+    if WORLD > 1:  # gradients that are there become views of DDP's buckets
         for p in filter(lambda p: p.requires_grad, model.parameters()):
             p.grad = torch.zeros_like(p)
         wrapped = nn.parallel.DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
     for i, rows in enumerate(batches):
-        wrapped.require_backward_grad_sync = i == len(batches) - 1
+        wrapped.require_backward_grad_sync = i == len(batches) - 1  # gradients are exchanged once
         loss, numbers = micro_loss(wrapped, rows)
         (loss * WORLD).backward()
         sums.append([number.detach() for number in numbers])
@@ -892,30 +852,28 @@ def accumulate(model, batches, micro_loss):
     return total(*map(sum, zip(*sums)))
 
 # ---- 10. text and data ------------------------------------------------------
-DATE = "26 Jul 2024"  # Llama-3.2's template prints today's date otherwise: scores would change overnight
+DATE = "26 Jul 2024"  # Llama-3.2's template prints today's date otherwise
 
 def encode_chats(tokenizer, chats, generation_prompt=False):
-    """Lists of messages -> lists of token ids, with exactly one BOS where the tokenizer wants one.
-    A special token in the text of a message is text: a space behind its first character makes it so."""
+    """Lists of messages -> lists of token ids, with exactly one BOS where the tokenizer wants one."""
     special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    pattern = re.compile("|".join(special) or "(?!)")
+    pattern = re.compile("|".join(special) or "(?!)")  # in messages a space makes them text
     chats = [[{**message, "content": pattern.sub(lambda m: m[0][0] + " " + m[0][1:], message["content"])}
               for message in chat] for chat in chats]
-    texts = tokenizer.apply_chat_template(chats, tokenize=False, date_string=DATE,
-                                          add_generation_prompt=generation_prompt)
-    texts = [text.encode("utf-8", "replace").decode() for text in texts]  # lone surrogates cannot be tokenized
-    rows, bos = tokenizer(texts, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
-    wants_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
-    return [[bos] + ids if wants_bos and ids[:1] != [bos] else ids for ids in rows]
+    texts = tokenizer.apply_chat_template(
+        chats, tokenize=False, date_string=DATE, add_generation_prompt=generation_prompt)
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]  # without lone surrogates
+    rows, bos = tokenizer(texts, add_special_tokens=False)["input_ids"], [tokenizer.bos_token_id]
+    wants_bos = tokenizer("")["input_ids"][:1] == bos
+    return [bos + ids if wants_bos and ids[:1] != bos else ids for ids in rows]
 
 def encode_responses(tokenizer, messages, responses):
     """A prompt and response texts -> [(ids, prompt_length)] in the reward model's own template.
-    V is read at the end of the prompt without generation prompt: a token prefix of the whole for Llama-3, Qwen and
-    ChatML templates, checked here for every other."""
+    V is read at the end of the prompt, which must be a token prefix of the whole, as in Llama-3, Qwen and ChatML."""
     answered = [messages + [{"role": "assistant", "content": text}] for text in responses]
     prompt, *rows = encode_chats(tokenizer, [messages, *answered])
-    expect(all(row[:len(prompt)] == prompt for row in rows), "the reward model's chat template does not render the "
-           "prompt as a token prefix of prompt and response: V needs that")
+    expect(all(row[:len(prompt)] == prompt for row in rows), "expected a chat template of the reward model that "
+           "renders the prompt as a token prefix of prompt and response")
     return [(row, len(prompt)) for row in rows]
 
 def read_rows(source, flag):
@@ -925,15 +883,16 @@ def read_rows(source, flag):
     try:
         if kind in (".json", ".jsonl"):
             file = (gzip.open if source.endswith(".gz") else open)(source, "rt", encoding="utf-8")
-            rows = map(json.loads, file) if kind == ".jsonl" else list(json.load(file))
+            rows = map(json.loads, file) if kind == ".jsonl" else json.load(file)
+            expect(not isinstance(rows, (dict, str)), "a list of rows")
         else:
-            from datasets import load_dataset  # imported here: JSON files do not need it
+            from datasets import load_dataset
             name, _, split = source.partition(":")
-            rows = load_dataset("parquet", data_files=source, split="train") if kind == ".parquet" else \
-                load_dataset(name, split=split or "train")
+            files = {"path": "parquet", "data_files": source} if kind == ".parquet" else {"path": name}
+            rows = load_dataset(**files, split=split or "train")
         for number, row in enumerate(rows, 1):
             yield f"--{flag} {source} row {number}", row
-    except Exception as error:  # json, pyarrow and the hub client raise many types
+    except Exception as error:
         where = f" row {number + 1}" if isinstance(error, ValueError) else ""
         fail(f"--{flag} {source}{where}: expected JSON, parquet or a hub dataset ({first_line(error)})")
     expect(number, f"--{flag} {source}: expected one row or more")
@@ -941,66 +900,56 @@ def read_rows(source, flag):
 def as_messages(value, where):
     """A chat from a string or from a list of {"role", "content"}."""
     chat = [{"role": "user", "content": value}] if isinstance(value, str) and value.strip() else value
-    fine = isinstance(chat, list) and chat and all(
-        isinstance(message, dict) and isinstance(message.get(key), str) for message in chat for key in ("role", "content"))
+    fine = isinstance(chat, list) and chat and all(isinstance(message, dict) for message in chat) and all(
+        isinstance(message.get(key), str) for message in chat for key in ("role", "content"))
     expect(fine, f'{where}: expected text or a list of {{"role", "content"}} messages, got {repr(value)[:80]}')
     return [{key: message[key] for key in ("role", "content")} for message in chat]
 
-def read_all(source, flag, parse):
-    """parse(row, where) of every row. A bad row of your own file is refused; from a hub set it is dropped."""
-    parsed, bad = [], []
-    for where, row in read_rows(source, flag):
-        try:
-            with blamed(where):
-                parsed.append(parse(row if isinstance(row, dict) else {"prompt": row}))
-        except UsageError as error:
-            bad.append(str(error))
-            expect(not Path(source).exists(), bad[0])
-    kept = [item for item in parsed if item is not None]
-    say(f"{len(kept)} of {len(parsed) + len(bad)} rows of {source} are used")
-    return kept or fail(f"--{flag} {source}: expected rows that can be used, there is none {bad[:1]}")
-
 def read_prompts(cfg, tokenizer):
     """[(messages, policy token ids)] of --prompts: rows are strings, message lists, or {"prompt": either}."""
-    def parse(row):
-        expect({"prompt", "messages"} & row.keys(), f"expected a column prompt, got {', '.join(row)}")
-        messages = as_messages(row.get("prompt", row.get("messages")), "prompt")
-        expect(messages[-1]["role"] != "assistant", "expected a prompt, it ends with an assistant message")
-        [ids] = encode_chats(tokenizer, [messages], generation_prompt=True)
-        expect(0 < len(ids) <= cfg.max_prompt_tokens,
-               f"{len(ids)} tokens, expected at most --max_prompt_tokens {cfg.max_prompt_tokens}")
-        # F.1, read as R2M has it: leave out prompts whose known responses are longer
-        replies = [as_messages(row[side], side)[-1]["content"] for side in ("chosen", "rejected") if side in row]
-        lengths = [len(tokenizer(reply, add_special_tokens=False)["input_ids"]) for reply in replies]
-        return (messages, ids) if max(lengths, default=0) <= cfg.max_new_tokens else None
-    return read_all(cfg.prompts, "prompts", parse)
+    prompts, own = [], Path(cfg.prompts).exists()
+    for number, (where, row) in enumerate(read_rows(cfg.prompts, "prompts"), 1):
+        with blamed(where, refuse=own):  # a bad row of a hub set is left out
+            row = row if isinstance(row, dict) else {"prompt": row}
+            expect({"prompt", "messages"} & {*row}, f"expected a column prompt, got {', '.join(row)}")
+            messages = as_messages(row.get("prompt", row.get("messages")), "prompt")
+            expect(messages[-1]["role"] != "assistant", "expected a prompt, not an answer at its end")
+            [ids] = encode_chats(tokenizer, [messages], generation_prompt=True)
+            limit = cfg.max_prompt_tokens
+            expect(0 < len(ids) <= limit, f"{len(ids)} tokens, expected at most --max_prompt_tokens {limit}")
+            # F.1, read as R2M has it: leave out prompts whose known responses are longer
+            replies = [as_messages(row[side], side)[-1]["content"] for side in ("chosen", "rejected") if side in row]
+            lengths = [len(tokenizer(reply, add_special_tokens=False)["input_ids"]) for reply in replies]
+            prompts += [(messages, ids)] if max(lengths, default=0) <= cfg.max_new_tokens else []
+    say(f"{len(prompts)} of {number} rows of {cfg.prompts} are used")
+    return prompts or fail(f"--prompts {cfg.prompts}: expected rows that can be used")
 
 def read_pairs(cfg, source, flag, tokenizer):
-    """Rows of prompt, chosen, rejected -> [(chosen, rejected)], each (ids, prompt_length) in the RM's template."""
+    """Rows of prompt, chosen, rejected -> [(chosen, rejected)], each (ids, prompt_length)."""
     limit = cfg.max_prompt_tokens + cfg.max_new_tokens if flag == "pairs" else tokenizer.model_max_length
-
-    def parse(row):
-        sides = ("chosen", "rejected")
-        expect(all(row.get(side) for side in sides), f"expected columns chosen and rejected with text, got {[*row]}")
-        whole = [as_messages(row[side], side) for side in sides if isinstance(row[side], list)]
-        expect(all(chat[-1]["role"] == "assistant" and chat[:-1] == whole[0][:-1] for chat in whole),
-               "expected chosen and rejected to be an assistant's answers to the same chat")
-        prompt = as_messages(row.get("prompt") or whole and whole[0][:-1], "prompt")
-        replies = [as_messages(row[side], side)[-1]["content"] for side in sides]
-        sides = encode_responses(tokenizer, prompt, replies)
-        longest = max(len(ids) for ids, _ in sides)
-        expect(longest <= limit, f"{longest} tokens, expected at most {limit} (--max_prompt_tokens, --max_new_tokens)")
-        return sides
-    return read_all(source, flag, parse)
+    pairs, own = [], Path(source).exists()
+    for number, (where, row) in enumerate(read_rows(source, flag), 1):
+        with blamed(where, refuse=own):
+            expect(isinstance(row, dict), "expected columns prompt, chosen and rejected")
+            chosen, rejected = (as_messages(row.get(side), side) for side in ("chosen", "rejected"))
+            whole = [chat for side, chat in (("chosen", chosen), ("rejected", rejected)) if isinstance(row[side], list)]
+            expect(all(chat[-1]["role"] == "assistant" and chat[:-1] == whole[0][:-1] for chat in whole),
+                   "expected chosen and rejected to be answers to the same chat")
+            prompt = as_messages(row.get("prompt") or whole and whole[0][:-1], "prompt")
+            pair = encode_responses(tokenizer, prompt, [chosen[-1]["content"], rejected[-1]["content"]])
+            expect(max(len(ids) for ids, _ in pair) <= limit, f"expected at most {limit} tokens (--max_prompt_tokens)")
+            pairs.append(pair)
+    say(f"{len(pairs)} of {number} rows of {source} are used")
+    return pairs or fail(f"--{flag} {source}: expected rows that can be used")
 
 def model_inputs(sequences, device):
-    """[(ids, prompt_length)] -> input_ids (n,T) right-padded, which causal models never see; two lengths (n,)."""
+    """[(ids, prompt_length)] -> input_ids (n,T) right-padded, lengths (n,), prompt_lengths (n,)."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in sequences], batch_first=True)
     lengths = torch.tensor([(len(ids), length) for ids, length in sequences], device=device)
     return ids.to(device), lengths[:, 0], lengths[:, 1]
 
 def micro_batches(rows, sequences, budget):
-    """Rows in lists of at most `budget` padded tokens (or one row), longest first: too little memory shows at once."""
+    """Rows in lists of at most `budget` padded tokens (or one row), longest first."""
     batches, width = [], 0
     for row in sorted(rows, key=lambda row: (-len(sequences[row][0]), row)):
         if not batches or (len(batches[-1]) + 1) * width > budget:
@@ -1010,21 +959,21 @@ def micro_batches(rows, sequences, budget):
     return batches
 
 def seed_for(*purpose):
-    """A seed from (seed, purpose, step, row, ...): no generator state to save, no replay on resume."""
+    """A seed from (seed, purpose, step, row, ...): no state to save, no replay on resume."""
     return int.from_bytes(hashlib.blake2b(repr(purpose).encode(), digest_size=8).digest(), "big") >> 1
 
 def draw(items, seed, purpose, start, count):
     """Items start .. start+count-1 of an endless stream of shuffled epochs."""
-    order, first = [], start // len(items)
-    for epoch in range(first, (start + count - 1) // len(items) + 1):
+    order = []
+    for epoch in range(start // len(items), (start + count - 1) // len(items) + 1):
         numbers = torch.Generator().manual_seed(seed_for(seed, purpose, epoch))
         order += torch.randperm(len(items), generator=numbers).tolist()
-    return [items[i] for i in order[start - first * len(items):][:count]]
+    return [items[i] for i in order[start % len(items):][:count]]
 
 # ---- 11. checkpoints and logs -----------------------------------------------
 @contextlib.contextmanager
 def replaced_folder(path, *parts):
-    """Write parts and more into a folder beside `path`, then rename it: a kill leaves all or nothing. On all ranks."""
+    """Write into a folder beside `path`, then rename it: a kill leaves all or nothing. On all ranks."""
     new = Path(path).with_name(f".{Path(path).name}.new")
     if RANK == 0:
         shutil.rmtree(new, ignore_errors=True)
@@ -1042,46 +991,51 @@ def replaced_folder(path, *parts):
         os.replace(new, path)
 
 def save_models(run):
-    """rm/ in fp32 and policy/, stock Hugging Face folders. The run is over: the masters become the weights."""
+    """rm/ in fp32 and policy/, stock Hugging Face folders of the masters."""
+    out = Path(run.cfg.out)
     if "rm" in run.optimizers:
         run.rm.model.float()
         run.optimizers["rm"].publish(run.optimizers["rm"].masters)
     if run.optimizers.keys() & {"rm", "value"}:
-        run.rm.save_pretrained(Path(run.cfg.out, "rm"))
+        run.rm.save_pretrained(out / "rm")
     if "policy" in run.optimizers:
-        with replaced_folder(Path(run.cfg.out, "policy"), run.policy.model, run.policy.tokenizer):
+        with replaced_folder(out / "policy", run.policy.model, run.policy.tokenizer):
             pass
-    say(f"models: {', '.join(str(file.parent) for file in sorted(Path(run.cfg.out).glob('*/config.json')))}")
+    say("models:", *sorted(file.parent for file in out.glob("*/config.json")))
+
+def checkpoints(out):
+    """Complete checkpoints, oldest first."""
+    return sorted(Path(out, "checkpoints").glob("step_" + 6 * "[0-9]"))
 
 def save_checkpoint(run):
     """checkpoints/step_000123/rank_00000.pt of each rank. Two are kept."""
-    state = {"step": run.step, "config": {**dataclasses.asdict(run.cfg), **run.inputs}, "deflation": run.log.deflation,
-             "logs": {name: Path(run.cfg.out, name).stat().st_size for name in LOGS if RANK == 0},
+    out = Path(run.cfg.out)
+    state = {"step": run.step, "world": WORLD, "deflation": run.log.deflation,
+             "config": {**dataclasses.asdict(run.cfg), **run.inputs},
+             "logs": {name: (out / name).stat().st_size for name in Log.files if RANK == 0},
              "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}}
-    with replaced_folder(Path(run.cfg.out, "checkpoints", f"step_{run.step:06d}")) as folder:
-        torch.save(state, folder / f"rank_{RANK:05d}.pt")
-    for old in sorted(folder.parent.glob("step_*"))[:-2] if RANK == 0 else ():
+    with replaced_folder(out / "checkpoints" / f"step_{run.step:06d}") as folder:
+        try:
+            torch.save(state, folder / f"rank_{RANK:05d}.pt")
+        except RuntimeError as error:  # that is what a full disk is to torch
+            raise OSError(f"{folder}: {first_line(error)}") from None
+    for old in checkpoints(out)[:-2] if RANK == 0 else ():
         shutil.rmtree(old)
 
 def read_checkpoint(cfg, inputs):
-    """What the ranks saved in the newest checkpoint, [] without one; refused if other flags or inputs made it."""
-    folders = sorted(Path(cfg.out, "checkpoints").glob("step_" + 6 * "[0-9]"))
+    """What the ranks saved last, [] if nothing; refused if other flags or inputs made it."""
+    folders = checkpoints(cfg.out)
     if not folders:
         return []
-    with blamed(f"--resume: {folders[-1]} is damaged, without it the one before is used"):
+    with blamed(f"--resume: {folders[-1]} is damaged, remove it"):
         saved = [torch.load(file, "cpu", mmap=True, weights_only=True) for file in sorted(folders[-1].glob("*.pt"))]
         was, now = saved[0]["config"], {**dataclasses.asdict(cfg), **inputs}
-    may_change = {"out", "resume", "save_every", "eval_every", "heldout", "device", "offload", "micro_tokens",
-                  "cache_tokens"}
-    changed = [f"--{name} was {was.get(name)!r}, is {now[name]!r}" for name in now
-               if name not in may_change and was.get(name) != now[name]]
+        expect(len(saved) == saved[0]["world"], "a rank's file is missing")
+    for name in "out resume save_every eval_every heldout device offload micro_tokens cache_tokens".split():
+        now.pop(name)  # may change
+    changed = [f"--{name} was {was.get(name)!r}, is {x!r}" for name, x in now.items() if was.get(name) != x]
     expect(not changed, f"--resume: {folders[-1]} is of other flags: {'; '.join(changed)}")
     return saved
-
-def digest(path, items=()):
-    """What tells a folder or file apart from another one of the same name: rows, and the sizes of its files."""
-    sizes = sorted((file.name, file.stat().st_size) for file in Path(path).glob("*"))
-    return hashlib.sha256(repr((sizes, items)).encode()).hexdigest()[:16]
 
 def say(*words):
     """Print on rank 0, at once and without breaking a progress bar."""
@@ -1089,23 +1043,20 @@ def say(*words):
         tqdm.write(" ".join(map(str, words)))
         sys.stdout.flush()
 
-LOGS = "metrics.jsonl", "samples.jsonl"
-
 class Log:
-    """metrics.jsonl, samples.jsonl, and every tenth step a line on the console."""
+    """Two files under --out, and every tenth step a line on the console."""
+    files = "metrics.jsonl", "samples.jsonl"
 
     def __init__(self, cfg, saved=()):
         self.cfg, self.record, self.deflation = cfg, {}, saved[0]["deflation"] if saved else 1.0
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
         if RANK == 0:
-            self.lock = open(Path(cfg.out, ".lock"), "w")  # the system drops the lock with the process
-            with blamed(f"--out {cfg.out}: another run writes to it"):
+            with blamed(f"--out {cfg.out}: expected a folder that no other run writes to"):
+                Path(cfg.out).mkdir(parents=True, exist_ok=True)
+                self.lock = open(Path(cfg.out, ".lock"), "w")  # the system drops the lock with the process
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        sizes = saved[0]["logs"] if saved else {}
-        for name in LOGS if RANK == 0 else ():
-            with open(Path(cfg.out, name), "a") as file:
-                if cfg.resume:  # the steps after the checkpoint come again
-                    file.truncate(min(file.tell(), sizes.get(name, 0)))
+            for name in Log.files:  # the steps after the checkpoint come again
+                with open(Path(cfg.out, name), "a") as file:
+                    file.truncate(min(file.tell(), saved[0]["logs"][name] if saved else 0))
         source = Path(__file__).read_bytes()
         self.append("metrics.jsonl", {
             "config": dataclasses.asdict(cfg), "world": WORLD, "python": sys.version, "torch": torch.__version__,
@@ -1131,11 +1082,11 @@ class Log:
         if gpu:
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated() / 1e9
-            self.put(**{f"{phase}_gb": max(peak, self.record.get(f"{phase}_gb", 0))})
-        self.put(**{f"{phase}_seconds": self.record.get(f"{phase}_seconds", 0) + time.perf_counter() - start})
+            self.record[f"{phase}_gb"] = max(peak, self.record.get(f"{phase}_gb", 0))
+        self.record[f"{phase}_seconds"] = self.record.get(f"{phase}_seconds", 0) + time.perf_counter() - start
 
     def write(self, step, stage):
-        """Close the record of a step: to disk and, for every tenth, as a line to the console."""
+        """Close the record of a step: to disk and, for every tenth, to the console."""
         record, self.record = {"step": step, "stage": stage, **self.record}, {}
         self.append("metrics.jsonl", record)
         if step % 10 == 0 or step in (1, self.cfg.steps):
@@ -1146,11 +1097,11 @@ class Log:
                 say(f"  health: {text}")
 
 def record(run, batch, positive, negative, valid):
-    """What the filter did and whether V is any good, over all ranks; rank 0's responses go to samples.jsonl."""
+    """What the filter did and whether V is any good; rank 0's responses go to samples.jsonl."""
     cfg, rewards, values, sides = run.cfg, batch.rewards, anchor(run, batch), positive.int() - negative.int()
     means = {"reward": rewards, "reward_spread": rewards.std(1), "kept": sides.abs(), "positive": positive,
-             "valid": valid, "usable": batch.usable, "response_tokens": batch.lengths}
-    run.log.put(**{name: x.float().mean() for name, x in means.items()}, truncated=1 - batch.ended.float().mean(),
+             "valid": valid, "usable": batch.usable, "response_tokens": batch.lengths, "truncated": ~batch.ended}
+    run.log.put(**{name: x.float().mean() for name, x in means.items()},
                 tokens_per_second=batch.lengths.sum().item() / run.log.record["rollout_seconds"])
     if RM_UPDATES[cfg.rm_update].anchor == "value head":
         bias, fitted = values - masked_mean(rewards, batch.usable, 1), batch.usable.any(1)
@@ -1158,20 +1109,19 @@ def record(run, batch, positive, negative, valid):
                     threshold=curriculum_threshold(batch.step, cfg.steps, cfg.m0))
     prompts = [messages for messages, _ in batch.prompts for _ in range(cfg.group)]
     columns = rewards, ~batch.ended, values[:, None].expand_as(rewards), sides
+    rows = zip(prompts, batch.texts, *(mine(x).flatten().tolist() for x in columns))
     run.log.append("samples.jsonl", *(
         {"step": batch.step, "prompt": prompt, "response": text, "reward": reward, "truncated": truncated,
          "value": value, "side": ("", "+", "-")[side], "kept": side != 0}
-        for prompt, text, reward, truncated, value, side
-        in zip(prompts, batch.texts, *(mine(x).flatten().tolist() for x in columns))))
+        for prompt, text, reward, truncated, value, side in rows))
 
 def health(run):
     """In which way this step did nothing, or the run drifts."""
     now = run.log.record
     checks = {
         "nothing is kept: lower --m0": now["kept"] == 0,
-        "no prompt has both signs: raise --group or --value_epochs": now["kept"] > 0 == now["valid"],
-        "V is off by more than the spread of rewards: raise --value_epochs or --lr_value":
-            abs(now.get("value_bias", 0)) > now["reward_spread"] > 0,
+        "no prompt has both signs: raise --group": now["kept"] > 0 == now["valid"],
+        "V is off by more than the spread: raise --lr_value": abs(now.get("value_bias", 0)) > now["reward_spread"] > 0,
         "more than half of the responses are truncated: raise --max_new_tokens": now["truncated"] > 0.5,
         "the rewards of each group are equal: raise --temperature": now["reward_spread"] == 0,
         "the reward model did not change: raise --lr_rm": now.get("reward_shift") == 0,
@@ -1184,12 +1134,12 @@ def first_line(error):
     return next(filter(None, map(str.strip, str(error).split("\n"))), type(error).__name__)[:200]
 
 @contextlib.contextmanager
-def blamed(what):
+def blamed(what, refuse=True):
     """Whatever goes wrong inside becomes one line that begins with `what`: libraries raise many types."""
     try:
         yield
     except Exception as error:
-        fail(f"{what}: {first_line(error)}")
+        expect(not refuse, f"{what}: {first_line(error)}")
 
 def main(argv=None, kind=Config):
     """Parse, check, load, run. What a user can cause ends as one line on stderr."""
@@ -1201,22 +1151,16 @@ def main(argv=None, kind=Config):
     try:
         cfg = parse_config(argv, kind).checked()
         start_ranks(cfg.device)
-        return train(cfg)
-    except (UsageError, KeyboardInterrupt, FloatingPointError, safetensors.SafetensorError, OSError,
-            RuntimeError) as error:
-        code, hint = {UsageError: 2, KeyboardInterrupt: 130}.get(type(error), 1), "checkpoints are as they were"
-        if isinstance(error, torch.OutOfMemoryError):
-            hint = "lower --micro_tokens (scores, updates), --cache_tokens (rollout), --max_new_tokens, or --offload"
-        elif isinstance(error, RuntimeError):
-            if WORLD == 1 or not re.search("gloo|nccl|Connection (closed|reset)", str(error), re.I):
-                raise
-            hint = "another rank is lost, start again with --resume"
-        if RANK == 0 or code == 1:
-            text = error if code == 2 else f"rank {RANK}: {first_line(error)}; {hint}"
-            print(f"save.py: error: {text}", file=sys.stderr, flush=True)
-        if WORLD > 1 and code == 1:
-            os._exit(code)  # others may wait for this rank, and leaving in order would wait for them
-        sys.exit(code)
+        train(cfg)
+    except (UsageError, KeyboardInterrupt) as error:
+        if RANK == 0:
+            print(f"save.py: error: {str(error) or 'stopped by Ctrl-C'}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, UsageError) else 130)
+    except (FloatingPointError, OSError, safetensors.SafetensorError, torch.OutOfMemoryError) as error:
+        full = isinstance(error, torch.OutOfMemoryError)
+        hint = "; lower --micro_tokens, --cache_tokens, --max_new_tokens, or --offload" if full else ""
+        print(f"save.py: error: rank {RANK}: {first_line(error)}{hint}", file=sys.stderr, flush=True)
+        os._exit(1) if WORLD > 1 else sys.exit(1)  # leaving in order would wait for the other ranks
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -1225,61 +1169,53 @@ def train(cfg):
     """Read all input before writing any output, then run the stages asked for."""
     preference, saving, row = cfg.stage == "preference", cfg.stage in ("", "save"), RM_UPDATES[cfg.rm_update]
     anchored, models = row.anchor == "value head", [Path(path).resolve() for path in (cfg.rm, cfg.policy)]
-    results = [Path(cfg.out, name).resolve() for name in ("rm", "policy", *LOGS)]
-    there = [str(path) for path in results if path in models or path.exists() and not cfg.resume]
-    expect(cfg.out and not there, f"--out {cfg.out!r}: expected a new folder, or --resume ({', '.join(there)})")
-    heldout, pairs, prompts = together(lambda: read_inputs(cfg))
+    results = [Path(cfg.out, name).resolve() for name in ("rm", "policy", *Log.files)]
+    taken = any(path in models or path.exists() and not cfg.resume for path in results)
+    expect(cfg.out and not taken, f"--out {cfg.out}: expected a new folder, or --resume")
+    words = together(lambda: load_tokenizer(cfg.rm, "rm"))
+    names = [Path(file).name.split(".")[0] for file in cfg.heldout]
+    expect(len({*names}) == len(names), f"--heldout: expected files of different names, got {' '.join(names)}")
+    heldout = dict(zip(names, together(lambda: [read_pairs(cfg, file, "heldout", words) for file in cfg.heldout])))
     if preference:
-        cfg = dataclasses.replace(cfg, steps=cfg.steps or max(1, len(pairs) // cfg.batch))
-    inputs = {"rm (files)": digest(cfg.rm), "policy (files)": digest(cfg.policy),
-              "prompts (rows)": digest(cfg.prompts, prompts), "pairs (rows)": digest(cfg.pairs, pairs)}
+        rows = together(lambda: read_pairs(cfg, cfg.pairs, "pairs", words))
+        cfg = dataclasses.replace(cfg, steps=cfg.steps or max(1, len(rows) // cfg.batch))
+    else:
+        rows = together(lambda: read_prompts(cfg, load_tokenizer(cfg.policy)))
+    files = [(file.name, file.stat().st_size) for path in models for file in sorted(path.glob("*"))]
+    digest = hashlib.sha256(repr((files, rows)).encode()).hexdigest()[:16]
+    inputs = {"rm, --policy, --pairs or --prompts (contents)": digest}
     saved = together(lambda: read_checkpoint(cfg, inputs))
     rm = together(lambda: RewardModel.from_pretrained(cfg.rm, preference, cfg.seed).to(cfg.device), in_turn=True)
-    expect(rm.has_value_head or not anchored or cfg.stage != "save", f"--rm {cfg.rm}: it holds no "
-           "value_head.safetensors; run --stage value first, or leave --stage out")
+    lacking = cfg.stage == "save" and anchored and not rm.has_value_head
+    expect(not lacking, f"--rm {cfg.rm}: expected value_head.safetensors, run --stage value first")
     run = Run(cfg, rm, inputs=inputs)
-    # masters before working copies: they are taken in the checkpoint's precision, before it is rounded to --dtype
+    # masters are taken before --dtype rounds the working copies
     if preference or saving and row.loss:
         run.optimizers["rm"] = ShardedAdamW(rm.model, cfg.lr_rm, cfg)
     to_working_copy(rm, cfg)
     if not preference:
         run.policy = together(lambda: Policy.from_pretrained(cfg.policy).to(cfg.device), in_turn=True)
-        for flag, model in (("policy", run.policy.model), ("rm", rm.model)):
-            limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-            expect(cfg.max_prompt_tokens + cfg.max_new_tokens <= limit, "--max_prompt_tokens and --max_new_tokens: "
-                   f"expected at most {limit} together, the context of --{flag}")
+        limit = getattr(run.policy.model.config, "max_position_embeddings", None) or sys.maxsize
+        fits = cfg.max_prompt_tokens + cfg.max_new_tokens <= limit
+        expect(fits, f"--max_prompt_tokens and --max_new_tokens: expected at most {limit} together")
         if saving:
             run.optimizers["policy"] = ShardedAdamW(run.policy.model, cfg.lr_policy, cfg, keep_initial=cfg.kl_coef > 0)
         to_working_copy(run.policy, cfg).check_logits(cfg.policy)
-
     run.log = together(lambda: Log(cfg, saved))
     if preference:
-        rm.has_value_head = False  # a value head it may have had belongs to other rewards
+        rm.has_value_head = False  # one that it had belongs to other rewards
         for _ in each_step(run, heldout, "preference", saved):
-            preference_step(run, pairs)
+            preference_step(run, rows)
     if cfg.stage == "value" or saving and anchored and not rm.has_value_head and not saved:
-        value_stage(run, prompts)
-    if cfg.stage == "value":  # nothing but the head was trained: the rest as it was before it was rounded to --dtype
+        value_stage(run, rows)
+    if cfg.stage == "value":  # the rest as it was before --dtype rounded it
         rm.model = RewardModel.from_pretrained(cfg.rm).model if RANK == 0 else rm.model
     if saving and anchored:
         run.optimizers["value"], rm.has_value_head = ShardedAdamW(rm.value_head, cfg.lr_value, cfg), True
     if saving:
         for _ in each_step(run, heldout, "save", saved):
-            save_step(run, prompts)
+            save_step(run, rows)
     save_models(run)
-
-def read_inputs(cfg):
-    """--heldout {name: pairs}, --pairs and --prompts as the stage needs them, else none."""
-    names = [Path(file).name.split(".")[0] for file in cfg.heldout]
-    expect(len(set(names)) == len(names), f"--heldout: expected files of different names, got {' '.join(names)}")
-    with blamed(f"--rm {cfg.rm}"):
-        tokenizer = load_tokenizer(cfg.rm)
-    heldout = {name: read_pairs(cfg, file, "heldout", tokenizer) for name, file in zip(names, cfg.heldout)}
-    if cfg.stage == "preference":
-        return heldout, read_pairs(cfg, cfg.pairs, "pairs", tokenizer), None
-    with blamed(f"--policy {cfg.policy}"):
-        tokenizer = load_tokenizer(cfg.policy)
-    return heldout, None, read_prompts(cfg, tokenizer)
 
 if __name__ == "__main__":
     main()

@@ -83,7 +83,7 @@ def test_a_signal_saves_and_ends_well(world, straight, tmp_path, monkeypatch, ca
 
 def test_ctrl_c_before_the_steps_is_one_line(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(save, "value_stage", fails(KeyboardInterrupt()))
-    assert "KeyboardInterrupt" in ends(capsys, 130, words(world, tmp_path / "out"))
+    assert "Ctrl-C" in ends(capsys, 130, words(world, tmp_path / "out"))
 
 def test_a_broken_run_resumes_to_the_same_bits(world, straight, tmp_path, monkeypatch):
     """It broke in step 5, after checkpoint 4: what the logs held of step 5 comes again."""

@@ -170,7 +170,8 @@ def test_the_cases_have_steps_in_which_a_rank_has_nothing_to_train_on(alone):
 
 def test_the_folders_load_in_plain_transformers(alone):
     out = alone / "gspo"
-    assert {p.name for p in out.iterdir()} == {"rm", "policy", "metrics.jsonl", "samples.jsonl", "checkpoints"}
+    files = {"rm", "policy", "metrics.jsonl", "samples.jsonl", "checkpoints", ".lock"}
+    assert {p.name for p in out.iterdir()} == files
     for name, kind in (("rm", AutoModelForSequenceClassification), ("policy", AutoModelForCausalLM)):
         model, info = kind.from_pretrained(out / name, dtype="auto", output_loading_info=True)
         assert {p.dtype for p in model.parameters()} == {torch.float32} and not any(info.values())
@@ -207,8 +208,9 @@ def test_samples_agree_with_the_method_and_with_the_metrics(alone):
             want = {key: sum(row[key] for row in rows) / len(rows) for key in ("reward", "kept", "truncated")}
             want["valid"] = sum({"+", "-"} <= {row["side"] for row in p} for p in prompts) / len(prompts)
             want["reward_spread"] = torch.tensor([[row["reward"] for row in p] for p in prompts]).std(1).mean().item()
-            ended = [[row["reward"] for row in p if not row["truncated"]] or [0] for p in prompts]
-            want["value_bias"] = sum(p[0]["value"] - sum(r) / len(r) for p, r in zip(prompts, ended)) / len(prompts)
+            ended = [[row["reward"] for row in p if not row["truncated"]] for p in prompts]
+            bias = [p[0]["value"] - sum(r) / len(r) for p, r in zip(prompts, ended) if r]  # without any: no target
+            want["value_bias"] = sum(bias) / max(len(bias), 1)
             got = metrics(alone / name)["save", step]
             assert {key: got[key] for key in want} == pytest.approx(want, rel=1e-5, abs=1e-5)
             assert len(rows) == CASES[name].get("group", 8) * CASES[name].get("batch", 4)
@@ -238,8 +240,8 @@ def test_the_value_stage_adds_a_head_and_touches_nothing_else(world, anchored, t
     (key, record), = metrics(anchored).items()
     assert key == ("value", 0) and record["value_loss"] < record["value_target_variance"]
     for stage in ([], ["--stage", "save"]):
-        save.main(argv(anchored, tmp_path / "out", steps=1) + stage)
-    assert metrics(tmp_path / "out").keys() == {("save", 0), ("save", 1)}  # a head that is there is used
+        save.main(argv(anchored, tmp_path / f"out{len(stage)}", steps=1) + stage)
+    assert metrics(tmp_path / "out2").keys() == {("save", 0), ("save", 1)}  # a head that is there is used
     assert distance(world, anchored, RM) == 0  # in fp32, although it worked in bf16
 
 def test_two_ranks_stop_at_a_signal_to_one_and_one_process_goes_on(world, alone, together, tmp_path):
@@ -298,14 +300,16 @@ def test_bfloat16_trains_fp32_masters(anchored, tmp_path):
         assert (x.bfloat16() == after[name].bfloat16()).float().mean() > 0.9  # training in bf16 would lose these
     assert {x.dtype for x in load_file(out / POLICY).values()} == {torch.bfloat16}
 
-def test_health_says_once_what_does_nothing(anchored, plain, tmp_path, capsys):
+def test_health_says_what_does_nothing(anchored, plain, tmp_path, capsys):
     out = run(anchored, tmp_path / "out", lr_rm=0, max_new_tokens=6, steps=3)
     printed, health = capsys.readouterr().out, [str(metrics(out)["save", step]["health"]) for step in (1, 2, 3)]
     for text in ("responses are truncated: raise --max_new_tokens", "the reward model did not change: raise --lr_rm"):
-        assert printed.count(text) == sum(text in b and text not in a for a, b in zip(["", *health], health)) > 0
+        assert printed.count(text) == (text in health[0]) + (text in health[2]) > 0  # the first and the last step
     assert "did not change" not in str(metrics(plain))
 
 # ---------------------------------------------------------------- bad input
+TWO_LABELS = json.dumps({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama", "hidden_size": 8,
+                         "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 30})
 ROW = '{"prompt": "copy a", "chosen": "a", "rejected": "b"}\n'
 FILES = {
     "good": ROW, "empty": "", "broken": ROW + "{\n" + ROW, "unnamed": ROW + '{"text": "copy a"}\n',
@@ -329,7 +333,7 @@ def bad(anchored, tmp_path_factory):
             ("silent", "policy", "chat_template.jinja", None),
             ("picky", "policy", "chat_template.jinja", "{{ raise_exception('no system prompt') }}"),
             ("reversed", "rm", "chat_template.jinja", "{% for m in messages[::-1] %}{{ m.content }} {% endfor %}"),
-            ("two", "rm", "config.json", '{"architectures": ["SequenceClassification"], "model_type": "llama"}')):
+            ("two", "rm", "config.json", TWO_LABELS)):
         target = shutil.copytree(path / source, path / name) / file
         target.write_text(text) if text else target.unlink()
     return path

@@ -199,15 +199,15 @@ def test_responses_are_put_into_the_words_of_both_models(tmp_path):
     assert draws[0] == batch.sequences and draws[0] != draws[1] != draws[2] != draws[0]
 
 
-def test_a_response_too_long_for_the_reward_model_is_cut_and_trains_nothing(tmp_path, monkeypatch):
+def test_a_response_too_long_for_the_reward_model_trains_nothing(tmp_path, monkeypatch):
     run, prompts, _ = make_run(tmp_path)
-    sizes = [40, 41, 200, 3] * 4  # and 2 tokens of the template: at most --max_new_tokens 10 + 32, context 96
+    sizes = [10, 11, 30, 3] * 4  # at most --max_new_tokens 10, and 2 tokens of the template
     monkeypatch.setattr(save, "rollout", lambda *args, **kwargs: ([[6, END]] * 16, [True] * 15 + [False]))
     monkeypatch.setattr(run.policy.tokenizer, "batch_decode", lambda *args, **kwargs: ["a" * size for size in sizes])
     batch = save.sample(run, prompts, 4, 1)
     same(batch.usable, bits("1001", "1001", "1001", "1000"))
     save.score_batch(run, batch)
-    assert [len(ids) for ids, _ in batch.chats[:4]] == [6 + 42, 6 + 43, 96, 6 + 5] and batch.rewards.isfinite().all()
+    assert [len(ids) for ids, _ in batch.chats[:4]] == [6 + 12, 6 + 13, 6 + 32, 6 + 5] and batch.rewards.isfinite().all()
 
 
 @pytest.mark.parametrize("micro_tokens", (1, 60, 10**6))
@@ -217,7 +217,7 @@ def test_the_reward_model_step_has_the_gradient_of_the_plain_graph(tmp_path, upd
     batch.usable, before, forwarded = USABLE, weights(run.rm), []
     rewards, values = run.rm(*save.model_inputs(batch.chats, "cpu"))
     groups = [rewards.view(4, 4)[p][USABLE[p]] for p in range(4)]
-    means = torch.stack([group.mean() if len(group) else torch.tensor(0.0) for group in groups])
+    means = torch.stack([(group if len(group) else row).mean() for group, row in zip(groups, rewards.view(4, 4))])
     loss = save.contrastive_loss(rewards.view(4, 4), values[::4] if update == "save" else means, POSITIVE, NEGATIVE)
     want = gradients(run.rm.model, loss)
 

@@ -15,28 +15,27 @@ import save  # noqa: E402
 
 save.RM_UPDATES["offline"] = save.RMUpdate(save.bradley_terry_loss, "")  # any loss: the reward model is in training
 
+def prompt_of(row):
+    """What identifies a row's prompt; none where it has none."""
+    with save.blamed("", refuse=False):
+        row = row if isinstance(row, dict) else {"prompt": row}
+        return repr(save.as_messages(row.get("prompt") or row.get("messages") or row["chosen"][:-1], "prompt"))
+
 def main(argv=None):
     """save.main with the new row as the default, and two of its functions replaced until it returns."""
-    pairs, used, read_all, read_prompts = [], {}, save.read_all, save.read_prompts
-
-    def read_matched(source, flag, parse):
-        """Note which prompts are used; drop the pairs of those that are not."""
-        def matched(row):
-            prompt = row.get("prompt") or row.get("messages") or [*(row.get("chosen") or ())][:-1]
-            prompt = repr(save.as_messages(prompt, "prompt"))
-            if flag == "pairs":
-                return parse(row) if used.get(prompt, True) else None
-            used.setdefault(prompt, False)  # as it stays if the next line refuses the row
-            parsed = parse(row)
-            used[prompt] |= parsed is not None
-            return parsed
-        return read_all(source, flag, matched)
+    pairs, read_rows, read_prompts = [], save.read_rows, save.read_prompts
 
     def read_both(cfg, tokenizer):
-        """The prompts, then the pairs, before anything is written."""
-        with mock.patch.object(save, "read_all", read_matched):
-            prompts = read_prompts(cfg, tokenizer)
-            pairs[:] = save.read_pairs(cfg, cfg.pairs, "pairs", save.load_tokenizer(cfg.rm))
+        """The prompts, then the pairs that match them, before anything is written."""
+        prompts = read_prompts(cfg, tokenizer)
+        dropped = {prompt_of(row) for _, row in read_rows(cfg.prompts, "prompts")}
+        dropped -= {repr(messages) for messages, _ in prompts}
+
+        def matched(source, flag):
+            return ((where, row) for where, row in read_rows(source, flag) if prompt_of(row) not in dropped)
+
+        with mock.patch.object(save, "read_rows", matched):
+            pairs[:] = save.read_pairs(cfg, cfg.pairs, "pairs", save.load_tokenizer(cfg.rm, "rm"))
         return prompts
 
     def reward_model_step(run, *_):
