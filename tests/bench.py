@@ -664,8 +664,8 @@ def go_through_phases(run, gpu, prompts):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("what", choices=["rollout", "memory", "rm_memory", "steps", "trl", "log_probs", "gains", "models", "phases",
-                                         "growth", "scoring"])
+    parser.add_argument("what", choices=["rollout", "memory", "rm_memory", "steps", "trl", "log_probs", "gains",
+                                         "models", "phases", "growth", "scoring"])
     parser.add_argument("--policy")
     parser.add_argument("--rm")
     parser.add_argument("--prompts")
@@ -687,7 +687,7 @@ if __name__ == "__main__":
     parser.add_argument("--direction", help=argparse.SUPPRESS)
     args, args.flags = parser.parse_known_args()  # the rest goes to save.py
     variants = {"rm_memory": rm_memory_variant, "trl": trl_variant, "log_probs": log_probs_variant}
-    benches = {"rollout": bench_rollout, "memory": bench_memory, "rm_memory": bench_rm_memory, "steps": bench_steps, "trl": bench_trl,
-               "log_probs": bench_log_probs, "gains": bench_gains, "models": make_models, "phases": bench_phases,
-               "growth": bench_growth, "scoring": bench_scoring}
+    benches = {"rollout": bench_rollout, "memory": bench_memory, "rm_memory": bench_rm_memory, "steps": bench_steps,
+               "trl": bench_trl, "log_probs": bench_log_probs, "gains": bench_gains, "models": make_models,
+               "phases": bench_phases, "growth": bench_growth, "scoring": bench_scoring}
     (variants if args.variant else benches)[args.what](args)

@@ -216,3 +216,19 @@ def test_gradients_are_held_once(ranks, monkeypatch):
         assert all(torch.equal(a, 2 * p.grad) for a, p in zip(together, model.parameters()))  # no mean over ranks here
         del together
     assert 1 <= ratio <= 1.3
+
+# ---------------------------------------------------------------- memory at full size
+@pytest.mark.parametrize("ranks, offload", [(1, False), (4, True)])
+def test_the_table_of_full_size_counts_every_byte_that_is_always_there(ranks, offload):
+    """bench.py memory beside the sum by hand: bf16 copies; fp32 masters and moments, and the initial weights."""
+    import bench
+    shape = bench.llm(2, 512, 4, 1024, 4096, True) | {"num_key_value_heads": 2}
+    peaks = bench.full_size_peaks(shape, shape, ranks, offload)
+    layer = 2 * 512 * 4 * 128 + 2 * 512 * 2 * 128 + 3 * 512 * 1024 + 2 * 512  # q and o, k and v, MLP, norms
+    policy = 4096 * 512 + 2 * layer + 512 + 2 * 2 * 128  # Qwen3 also normalises heads of q and k
+    rm = 4096 * 512 + 2 * layer + 512 + 512
+    states = 0 if offload else 12 * (policy + rm) + 2 * policy
+    assert peaks["always"] * 1e9 == pytest.approx(2 * (policy + rm) + states, rel=1e-3)
+    cache = 8 * 16 * 1215 * 2 * 2 * 2 * 128 * 2  # rows, tokens, keys and values, layers, heads, their width, bf16
+    assert cache < (peaks["rollout"] - peaks["always"]) * 1e9 < 1.5 * cache
+    assert peaks["policy_update"] - peaks["always"] > 2e-9 * policy  # its gradients
