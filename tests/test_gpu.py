@@ -191,17 +191,18 @@ def test_a_tensor_of_the_host_is_not_for_nccl(ranks):
 
 # ---------------------------------------------------------------- gradients are held once
 def gradients(gpu, model, width):
-    """`accumulate` over three micro-batches -> the peak of its backward passes, over the bytes of the gradients."""
-    bytes_of_one, before = sum(4 * p.numel() for p in model.parameters()), gpu.live
-    batches, inputs = [[0], [1], [2]], torch.linspace(-1, 1, 3 * width).view(3, 1, width).to("cuda")
+    """`accumulate` over three micro-batches -> its peaks before and in the backward passes, in sizes of the gradients."""
+    one, before, built = sum(4 * p.numel() for p in model.parameters()), gpu.live, []
+    inputs = torch.linspace(-1, 1, 3 * width).view(3, 1, width).to("cuda")
 
     def micro_loss(model, rows):
-        if rows == [0]:
+        if not built:
+            built.append(gpu.peak)
             torch.cuda.reset_peak_memory_stats()
         loss = (model(inputs[rows[0]]) ** 2).mean()
         return loss, (loss,)
-    save.accumulate(model, batches, micro_loss)
-    return (gpu.peak - before) / bytes_of_one
+    save.accumulate(model, [[0], [1], [2]], micro_loss)
+    return (built[0] - before) / one, (gpu.peak - before) / one
 
 def test_gradients_are_held_once(ranks, monkeypatch):
     """DDP's buckets and p.grad beside each other would be 2. The gradients are those of one process."""
@@ -209,13 +210,21 @@ def test_gradients_are_held_once(ranks, monkeypatch):
     model = torch.nn.Sequential(*[torch.nn.Linear(128, 128) for _ in range(8)])
     with Pretence() as gpu:
         model.to("cuda")
-        ratio = gradients(gpu, model, 128)
+        _, backward = gradients(gpu, model, 128)
         together = [p.grad.clone() for p in model.parameters()]
         monkeypatch.setattr(save, "WORLD", 1)
         gradients(gpu, model, 128)
         assert all(torch.equal(a, 2 * p.grad) for a, p in zip(together, model.parameters()))  # no mean over ranks here
-        del together
-    assert 1 <= ratio <= 1.3
+    assert 1 <= backward <= 1.3
+
+def test_building_ddp_does_not_hold_them_twice_either(ranks, monkeypatch):
+    """Left alone DDP begins with one bucket of all parameters: the gradients and this copy of them would be 2."""
+    monkeypatch.setattr(save, "total", lambda *numbers: numbers)
+    model = torch.nn.Sequential(*[torch.nn.Linear(4096, 4096, bias=False, device="meta") for _ in range(8)])
+    with Pretence("meta") as gpu:
+        model.to("cuda")
+        building, backward = gradients(gpu, model, 4096)
+    assert 1 <= building <= 1.3 and 1 <= backward <= 1.3
 
 # ---------------------------------------------------------------- memory at full size
 @pytest.mark.parametrize("ranks, offload", [(1, False), (4, True)])
