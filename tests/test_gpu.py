@@ -191,7 +191,7 @@ def test_a_tensor_of_the_host_is_not_for_nccl(ranks):
 
 # ---------------------------------------------------------------- gradients are held once
 def gradients(gpu, model, width):
-    """`accumulate` over three micro-batches -> its peaks before and in the backward passes, in sizes of the gradients."""
+    """`accumulate` over three micro-batches -> peaks before and in the backward passes, in sizes of the gradients."""
     one, before, built = sum(4 * p.numel() for p in model.parameters()), gpu.live, []
     inputs = torch.linspace(-1, 1, 3 * width).view(3, 1, width).to("cuda")
 
