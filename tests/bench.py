@@ -1,7 +1,8 @@
 """Measure save.py against the plain way of doing the same, alternating in one run.
 
     python tests/bench.py rollout --policy DIR     tokens per second beside transformers' generate
-    python tests/bench.py memory --rm DIR          peak memory and time of the RM update, half the rows filtered
+    python tests/bench.py memory                   peak memory of each phase at full size, computed without a GPU
+    python tests/bench.py rm_memory --rm DIR       peak memory and time of the RM update, half the rows filtered
     python tests/bench.py steps --policy DIR --rm DIR --prompts FILE   a SAVE step beside a step with the RM frozen
     python tests/bench.py trl --policy DIR --rm DIR                    a GRPO and a SAVE step beside TRL's GRPOTrainer
     python tests/bench.py log_probs --policy DIR   log-probs and their gradient beside whole logits
@@ -14,8 +15,10 @@
 Each figure is the median over --repeats; ratios are taken pair by pair. CPU seconds are those of the whole process.
 """
 import argparse
+import contextlib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import pathlib
@@ -26,8 +29,10 @@ import sys
 import tempfile
 import time
 import unittest.mock
+import warnings
 
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding,
                           LlamaConfig, LlamaForSequenceClassification, Qwen3Config, Qwen3ForCausalLM)
@@ -36,6 +41,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import eval as evaluation  # noqa: E402
 import save  # noqa: E402
 import toy  # noqa: E402
+from pretend_gpu import Pretence  # noqa: E402
 
 SHORT = ["Name three rivers in Europe.", "What is the capital of Australia?", "Why is the sky blue?"]
 # freed blocks go back to the system at once, so that resident memory is what is in use
@@ -92,12 +98,12 @@ def bench_rollout(args):
         compare(ours, theirs, args.repeats)
 
 
-def bench_memory(args):
+def bench_rm_memory(args):
     """Each variant in its own process: peak resident memory above that before the update, and CPU seconds."""
     results = {}
     for _ in range(args.repeats):
         for variant in ("held", "ours"):
-            out = subprocess.run([sys.executable, __file__, "memory", "--rm", args.rm, "--variant", variant,
+            out = subprocess.run([sys.executable, __file__, "rm_memory", "--rm", args.rm, "--variant", variant,
                                   "--layers", str(args.layers)],
                                  env=os.environ | HONEST_MALLOC, capture_output=True, text=True, check=True).stdout
             results.setdefault(variant, []).append(json.loads(out))
@@ -116,7 +122,7 @@ def memory_mb(what):
     return int(re.search(rf"{what}:\s+(\d+)", status)[1]) / 1024
 
 
-def memory_variant(args):
+def rm_memory_variant(args):
     """One backward pass of the contrastive loss, 2 prompts x 16 responses of about 120 tokens, half filtered."""
     rm = save.RewardModel.from_pretrained(args.rm, new_head=True)
     rm.model.model.layers = rm.model.model.layers[:args.layers]  # all 30 would need 10 GB for the whole graph
@@ -570,11 +576,96 @@ def bench_scoring(args):
           f"{sum(map(len, every[:len(plain)])) / cpu:.4g} real tokens per CPU second, once)")
 
 
+# ---------------------------------------------------------------- memory at full size, without a GPU
+def llm(layers, hidden, heads, inner, words, tied):
+    """The shape of a model of the Qwen3 or Llama family, as their configurations have it."""
+    return {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": 8,
+            "head_dim": 128, "intermediate_size": inner, "vocab_size": words, "tie_word_embeddings": tied}
+
+
+MODELS = {  # policy and reward model: Qwen3-4B and Llama-3.2-3B, Qwen3-8B and Llama-3.1-8B
+    "4B + 3B": (llm(36, 2560, 32, 9728, 151936, True), llm(28, 3072, 24, 8192, 128256, True)),
+    "8B + 8B": (llm(36, 4096, 32, 12288, 151936, False), llm(32, 4096, 32, 14336, 128256, False))}
+
+
+def bench_memory(args):
+    """GB of 10^9 bytes on rank 0 at the peak of each phase, without the 1 to 2 GB of a CUDA context."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    print("| models, ranks | always |", *(f"{phase.replace('_', ' ')} |" for phase in PHASES), "\n|---|" + 6 * "---|")
+    for models, ranks, offload in itertools.product(MODELS, (1, 2, 4, 8), (False, True)):
+        peaks = full_size_peaks(*MODELS[models], ranks, offload)
+        print(f"| {models}, {ranks}{', --offload' if offload else ''} |",
+              *(f"{peaks[phase]:.1f} |" for phase in ("always", *PHASES)), flush=True)
+
+
+def full_size_peaks(policy, rm, ranks, offload):
+    """{phase: GB} of rank 0, the paper's settings: save.py's own functions on tensors without data.
+
+    The cache is full (--cache_tokens, prompts of 192 tokens), and so are two micro-batches (--micro_tokens, rows of
+    2048 tokens). DDP's reducer is the real one; attention takes what flash attention takes.
+    """
+    with torch.device("meta"):
+        policy, rm = (kind(config(**shape, num_labels=1, pad_token_id=None)).bfloat16() for kind, config, shape in (
+            (Qwen3ForCausalLM, Qwen3Config, policy), (LlamaForSequenceClassification, LlamaConfig, rm)))
+    alone = {"WORLD": ranks, "broadcast": lambda *_: None, "total": lambda *numbers: [0.0] * len(numbers)}
+    with contextlib.ExitStack() as stack:
+        if ranks > 1:
+            torch.distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+            stack.callback(torch.distributed.destroy_process_group)
+        stack.enter_context(unittest.mock.patch.multiple(save, **alone))
+        stack.enter_context(unittest.mock.patch.object(
+            torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, is_causal=False, **_:
+            torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]))
+        gpu, out = stack.enter_context(Pretence("meta")), stack.enter_context(tempfile.TemporaryDirectory())
+        cfg = save.Config(offload=offload, out=out).checked()
+        run = save.Run(cfg, save.RewardModel(rm, toy.rm_tokenizer()).to(cfg.device),
+                       save.Policy(policy, toy.policy_tokenizer()).to(cfg.device), save.Log(cfg))
+        for name, lr in (("rm", cfg.lr_rm), ("policy", cfg.lr_policy)):
+            model = getattr(run, name)
+            run.optimizers[name] = save.ShardedAdamW(model.model, lr, cfg, keep_initial=name == "policy")
+            save.to_working_copy(model, cfg)
+            for p in model.model.parameters():
+                p.grad = torch.zeros_like(p)
+            run.optimizers[name].step()  # from now on there are moments
+        always = gpu.live / 1e9
+        go_through_phases(run, gpu, min(8, cfg.batch // ranks))
+        return {"always": always, **{phase: run.log.record[f"{phase}_gb"] for phase in PHASES}}
+
+
+def go_through_phases(run, gpu, prompts):
+    """The phases of a step; run.log notes the peak of each. gpu.numbers: the longest prompt, then response."""
+    cfg, algorithm, rows = run.cfg, save.ALGORITHMS["grpo"], [([0] * 2048, 1024)] * 8
+    gpu.numbers, width = {torch.bool: False, torch.long: 1214}, 1214  # all but the last two of 192 + 1024 tokens
+    with run.log.time("rollout"), torch.no_grad():
+        save.decode(run.policy, [[0] * width] * prompts, cfg.group, range(prompts * cfg.group), 2, 0.7, 0.8, 20)
+    gpu.numbers[torch.long] = 1024
+    with run.log.time("score"):
+        save.score(run.rm, rows, cfg.micro_tokens)
+    batches = save.micro_batches(range(len(rows)), rows, cfg.micro_tokens)
+
+    def inputs(part):
+        return save.model_inputs([rows[row] for row in part], cfg.device)
+    save.train_on(run, "rm", batches, lambda model, part: (model(*inputs(part))[0].sum(), ()))
+    batch = argparse.Namespace(sequences=rows, lengths=torch.full((len(rows),), 1024))
+    with run.log.time("log_probs"), run.optimizers["policy"].swapped():
+        reference = save.response_log_probs(run, batch, batches)
+    advantages = torch.zeros(len(rows), device=cfg.device)
+
+    def micro_loss(model, part):
+        log_probs, mask = model(*inputs(part), cfg.temperature)
+        loss, _ = save.policy_loss(log_probs, log_probs, reference[part], advantages[part], mask, algo=algorithm,
+                                   clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef)
+        return loss, ()
+    save.train_on(run, "policy", batches, micro_loss)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("what", choices=["rollout", "memory", "steps", "trl", "log_probs", "gains", "models", "phases",
-                                         "growth", "scoring"])
+    parser.add_argument("what", choices=["rollout", "memory", "rm_memory", "steps", "trl", "log_probs", "gains",
+                                         "models", "phases", "growth", "scoring"])
     parser.add_argument("--policy")
     parser.add_argument("--rm")
     parser.add_argument("--prompts")
@@ -595,8 +686,8 @@ if __name__ == "__main__":
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--direction", help=argparse.SUPPRESS)
     args, args.flags = parser.parse_known_args()  # the rest goes to save.py
-    variants = {"memory": memory_variant, "trl": trl_variant, "log_probs": log_probs_variant}
-    benches = {"rollout": bench_rollout, "memory": bench_memory, "steps": bench_steps, "trl": bench_trl,
-               "log_probs": bench_log_probs, "gains": bench_gains, "models": make_models, "phases": bench_phases,
-               "growth": bench_growth, "scoring": bench_scoring}
+    variants = {"rm_memory": rm_memory_variant, "trl": trl_variant, "log_probs": log_probs_variant}
+    benches = {"rollout": bench_rollout, "memory": bench_memory, "rm_memory": bench_rm_memory, "steps": bench_steps,
+               "trl": bench_trl, "log_probs": bench_log_probs, "gains": bench_gains, "models": make_models,
+               "phases": bench_phases, "growth": bench_growth, "scoring": bench_scoring}
     (variants if args.variant else benches)[args.what](args)

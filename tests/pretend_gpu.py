@@ -1,0 +1,150 @@
+"""A GPU pretended on a CPU. `Pretence()` computes real numbers, with storages tagged as being on cuda:N;
+`Pretence("meta")` computes no numbers, only bytes, for models of any size. Both follow every operation and storage."""
+import collections
+import contextlib
+import sys
+import unittest.mock
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import save
+
+aten, Tensor, DDP = torch.ops.aten, torch.Tensor, torch.nn.parallel.DistributedDataParallel
+ITEM, NONZERO, COPY = aten._local_scalar_dense.default, aten.nonzero.default, aten.copy_.default
+WAITING = {ITEM, NONZERO, aten.masked_select.default, aten.equal.default, aten.repeat_interleave.Tensor}
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+
+class Memory:
+    """Where a storage is, and its bytes for as long as it lives."""
+
+    def __init__(self, gpu, place, storage):
+        self.gpu, self.place, self.size = gpu, place, storage.nbytes()
+        gpu.live += self.size
+        gpu.peak = max(gpu.peak, gpu.live)
+
+    def __del__(self):
+        self.gpu.live -= self.size
+
+class Calls(TorchFunctionMode):
+    """What Python asks for by the name of a device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.gpu.call(func, args, kwargs or {})
+
+class Operations(TorchDispatchMode):
+    """Every operation, also those of the backward pass and of DDP's reducer."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunction():
+            return self.gpu.operation(func, args, kwargs or {})
+
+class Pretence(contextlib.ExitStack):
+    """Inside, save.py finds a GPU; what it would refuse is an AssertionError. `waits` counts how often the host waited,
+    by (function of save.py, what); `live` and `peak` are bytes; `numbers`: what .item() says where there is no data."""
+
+    def __init__(self, real="cpu"):
+        super().__init__()
+        self.real, self.current, self.building, self.live, self.peak, self.numbers = real, 0, False, 0, 0, {}
+        self.waits, self.modes, patch = collections.Counter(), (Calls(), Operations()), unittest.mock.patch
+        self.modes[0].gpu = self.modes[1].gpu = self
+
+        def build(ddp, *args, old=DDP.__init__, backend=dist.get_backend, **options):
+            self.building = True  # its buckets are where the parameters say that they are
+            old(ddp, *args, **options)
+            self.building = False
+            if backend() == "fake":  # one process is a rank of many: nothing is sent, not even divided
+                ddp.register_comm_hook(None, noop_hook)
+        # loaded in here, the rotary frequencies, which are in no file, would be garbage
+        patches = [patch.object(save, "load", self.outside(save.load)), patch.multiple(
+            torch.cuda, is_available=lambda: True, max_memory_allocated=lambda: self.peak, synchronize=self.wait,
+            reset_peak_memory_stats=lambda: setattr(self, "peak", self.live),
+            set_device=lambda device: setattr(self, "current", torch.device(device).index or 0)), patch.multiple(
+            dist, get_backend=lambda *_: "nccl",
+            init_process_group=lambda _, old=dist.init_process_group, **rest: old("gloo", **rest),
+            barrier=self.outside(dist.barrier), all_gather_object=self.outside(dist.all_gather_object)),
+            patch.object(DDP, "__init__", build)]
+        for part in [*patches, *self.modes]:
+            self.enter_context(part)
+
+    def outside(self, work):
+        """The function, run without the pretence."""
+        def run(*args, **options):
+            with contextlib.ExitStack() as stack:
+                for mode in reversed(self.modes):
+                    mode.__exit__(None, None, None)
+                    stack.callback(mode.__enter__)
+                return work(*args, **options)
+        return run
+
+    def wait(self, what="synchronize"):
+        """Note that the host waits for the GPU, and in which function of save.py."""
+        frame = sys._getframe()
+        while frame.f_back and frame.f_code.co_filename != save.__file__:
+            frame = frame.f_back
+        self.waits[frame.f_code.co_qualname.split(".<locals>.<")[0], str(what)] += 1
+
+    def place(self, tensor):
+        """Index of the GPU that a tensor is on, None for the host."""
+        memory = getattr(tensor.untyped_storage(), "memory", None)
+        return memory and memory.place
+
+    def move(self, tensor, place):
+        """Put a new tensor on a GPU, or a copied one on the host (None)."""
+        tensor.untyped_storage().memory = None if place is None else Memory(self, place, tensor.untyped_storage())
+
+    def call(self, func, args, kwargs):
+        """A call from Python: say where a tensor is, move it, or make it on the device that is asked for."""
+        if func is Tensor.tolist and self.place(args[0]) is not None:
+            self.wait("tolist")
+        if func == Tensor.device.__get__ and (self.real == "meta" or self.place(args[0]) is not None):
+            return torch.device("cpu") if self.place(args[0]) is None else torch.device("cuda", self.place(args[0]))
+        if func in (Tensor.cuda, Tensor.cpu):
+            func, kwargs = Tensor.to, {"device": func.__name__}
+        moving = func is Tensor.to
+        if moving and len(args) > 1 and isinstance(args[1], (str, torch.device)):
+            kwargs, args = {**dict(zip(("device", "dtype", "non_blocking", "copy"), args[1:])), **kwargs}, args[:1]
+        device = torch.device(kwargs.get("device") or "meta")
+        if device.type == "meta":
+            return func(*args, **kwargs)
+        place = None if device.type == "cpu" else self.current if device.index is None else device.index
+        unreal = self.real == "meta" and (place is not None or moving and args[0].is_meta)
+        out = func(*args, **{**kwargs, "device": "meta" if unreal else "cpu"})
+        if self.place(out) != place:
+            if moving and out.untyped_storage() is args[0].untyped_storage():
+                out = out.clone()
+            if place is None:
+                self.wait("a copy to the host")
+            self.move(out, place)
+        return out
+
+    def operation(self, func, args, kwargs):
+        """An operation: are its operands on one device, does the host wait for it, what memory does it take?"""
+        tensors, indices = tensors_of([*args, *kwargs.values()]), tensors_of(args[1]) if func in INDEXING else []
+        places = [self.place(x) for x in tensors]
+        there, numbers = set(places) - {None}, [x for x in tensors if not x.dim()]
+        mixed = {place for x, place in zip(tensors, places) if not any(x is y for y in indices + numbers)} | there
+        if func is not COPY and len(mixed) > 1:  # only numbers and indices may come from the host
+            raise AssertionError(f"{func}: operands on {places}, shapes {[list(x.shape) for x in tensors]}")
+        if func.namespace == "c10d" and None in places:
+            raise AssertionError(f"{func}: NCCL takes no tensor of the host")
+        if there and (func in WAITING or func is COPY and places[0] is None or any(x.dtype is torch.bool
+                                                                                  for x in indices)):
+            self.wait(func)
+        if self.real == "meta" and func is ITEM and args[0].is_meta:
+            return self.numbers.get(args[0].dtype, 1)
+        if self.real == "meta" and func is NONZERO:  # without data all is true
+            func, args = aten.empty_like.default, (args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.long),)
+        out, home = func(*args, **kwargs), max(there) if there else self.current if self.building else None
+        for x in tensors_of([out]) if home is not None and func is not COPY else ():
+            if self.place(x) is None:
+                self.move(x, home)
+        return out
+
+def tensors_of(values):
+    """The tensors among them, and in lists among them."""
+    parts = (part for x in values for part in (x if isinstance(x, (list, tuple)) else (x,)))
+    return [x for x in parts if isinstance(x, Tensor)]
