@@ -269,12 +269,13 @@ class RewardModel(nn.Module):
     @classmethod
     def from_pretrained(cls, path, new_head=False, seed=0):
         """A folder or hub name in its own precision; `new_head`: a causal LM will do."""
-        with blamed(f"--rm {path}: expected a reward model with a linear `score` (--stage preference makes one)"):
+        with blamed(f"--rm {path}: expected a folder or hub name of a reward model (--stage preference makes one)"):
             kind = AutoConfig.from_pretrained(path, trust_remote_code=False)
             expect(kind.num_labels == 1 or "Classification" not in str(kind.architectures), "it has not 1 label")
             model, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **LOADING)
             missing = {*info["missing_keys"]} - ({"score.weight"} if new_head else set())
-            expect(not missing and isinstance(model.score, nn.Linear), f"it lacks {', '.join(missing)[:80]}")
+            expect(not missing, f"it lacks {', '.join(sorted(missing))[:80]}")
+            expect(isinstance(getattr(model, "score", None), nn.Linear), "it is not causal with a linear `score` head")
             if info["missing_keys"]:
                 numbers = torch.Generator().manual_seed(seed_for(seed, "reward head"))
                 noise = torch.randn(model.score.weight.shape, generator=numbers)
@@ -320,11 +321,12 @@ class Policy(nn.Module):
     @classmethod
     def from_pretrained(cls, path):
         """A folder or hub name in its own precision."""
-        with blamed(f"--policy {path}: expected a causal language model with an EOS token"):
+        with blamed(f"--policy {path}: expected a folder or hub name of a causal language model"):
             model, info = AutoModelForCausalLM.from_pretrained(path, **LOADING)
-            policy, kinds = cls(model, load_tokenizer(path)), str(model.config.architectures)
-            expect(policy.eos_ids and not info["missing_keys"] and "CausalLM" in kinds, f"got {kinds}")
-            return policy
+            policy, missing = cls(model, load_tokenizer(path)), ", ".join(sorted(info["missing_keys"]))[:80]
+            expect(not missing, f"it lacks {missing}")
+            expect("Classification" not in str(model.config.architectures), "it is a classifier")
+            return policy if policy.eos_ids else fail("it has no EOS token")
 
     @torch.no_grad()
     def check_logits(self, path):
@@ -354,14 +356,15 @@ class Policy(nn.Module):
 
 def load_tokenizer(path, flag="policy"):
     """The tokenizer of a model folder or hub name; it must carry a chat template."""
-    with blamed(f"--{flag} {path}: expected a model whose tokenizer has a chat template"):
+    with blamed(f"--{flag} {path}: expected a folder or hub name with a tokenizer that has a chat template"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         return tokenizer if tokenizer.chat_template else fail("it has none")
 
 def checked_model(model, tokenizer):
-    """An embedding for each token; every dropout rate 0: two passes over a row must give the same."""
+    """An embedding for each token of a chat; every dropout rate 0: two passes over a row must give the same."""
+    [ids] = encode_chats(tokenizer, [[{"role": "user", "content": "a"}]])
     rows = model.get_input_embeddings().num_embeddings
-    expect(len(tokenizer) <= rows, f"expected {len(tokenizer)} embeddings, one a token, it has {rows}")
+    expect(max(ids, default=0) < rows, f"expected an embedding for token {max(ids)}, it has {rows}")
     for module in model.eval().modules():
         rates = [name for name, x in vars(module).items() if isinstance(x, float) and ("drop" in name or name == "p")]
         vars(module).update(dict.fromkeys(rates, 0.0))
@@ -842,7 +845,11 @@ def accumulate(model, batches, micro_loss):
     if WORLD > 1:  # gradients that are there become views of DDP's buckets
         for p in filter(lambda p: p.requires_grad, model.parameters()):
             p.grad = torch.zeros_like(p)
-        wrapped = nn.parallel.DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
+        ddp = nn.parallel.DistributedDataParallel
+        # its first bucket is the whole model otherwise; torch before 2.13 knows no better
+        newer = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+        sizes = {"bucket_cap_mb_list": [25]} if newer else {}
+        wrapped = ddp(model, init_sync=False, gradient_as_bucket_view=True, **sizes)
     for i, rows in enumerate(batches):
         wrapped.require_backward_grad_sync = i == len(batches) - 1  # gradients are exchanged once
         loss, numbers = micro_loss(wrapped, rows)
@@ -872,8 +879,8 @@ def encode_responses(tokenizer, messages, responses):
     V is read at the end of the prompt, which must be a token prefix of the whole, as in Llama-3, Qwen and ChatML."""
     answered = [messages + [{"role": "assistant", "content": text}] for text in responses]
     prompt, *rows = encode_chats(tokenizer, [messages, *answered])
-    expect(all(row[:len(prompt)] == prompt for row in rows), "expected a chat template of the reward model that "
-           "renders the prompt as a token prefix of prompt and response")
+    expect(all(row[:len(prompt)] == prompt for row in rows), "--rm: expected a chat template that renders the "
+           "prompt as a token prefix of prompt and response")
     return [(row, len(prompt)) for row in rows]
 
 def read_rows(source, flag):

@@ -59,7 +59,9 @@ class Pretence(contextlib.ExitStack):
             if backend() == "fake":  # one process is a rank of many: nothing is sent, not even divided
                 ddp.register_comm_hook(None, noop_hook)
         # loaded in here, the rotary frequencies, which are in no file, would be garbage
-        patches = [patch.object(save, "load", self.outside(save.load)), patch.multiple(
+        loaders = (save.AutoModelForCausalLM, save.AutoModelForSequenceClassification)
+        patches = [*(patch.object(kind, "from_pretrained", self.outside(kind.from_pretrained)) for kind in loaders),
+                   patch.multiple(
             torch.cuda, is_available=lambda: True, max_memory_allocated=lambda: self.peak, synchronize=self.wait,
             reset_peak_memory_stats=lambda: setattr(self, "peak", self.live),
             set_device=lambda device: setattr(self, "current", torch.device(device).index or 0)), patch.multiple(

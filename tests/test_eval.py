@@ -420,10 +420,10 @@ def test_bad_flags(capsys, flags, said, tmp_path, monkeypatch):
 
 def test_what_is_no_reward_model(world, data, tmp_path, capsys):
     flags = ("--bench", "judgebench", "--data", data)
-    assert "expected a reward model" in refusal(capsys, "--rm", world / "policy", *flags)
-    assert "expected a model folder" in refusal(capsys, "--rm", tmp_path / "missing", *flags)
+    assert "reward model" in refusal(capsys, "--rm", world / "policy", *flags)
+    assert "expected a folder" in refusal(capsys, "--rm", tmp_path / "missing", *flags)
     (tmp_path / "empty").mkdir()
-    assert "expected a model folder" in refusal(capsys, "--rm", tmp_path / "empty", *flags)
+    assert "expected a folder" in refusal(capsys, "--rm", tmp_path / "empty", *flags)
     line = refusal(capsys, "--rm", world / "rm", "--bench", "judgebench", "--data", tmp_path)
     assert "nothing for --bench judgebench" in line and "gpt.jsonl" in line
 

@@ -100,6 +100,6 @@ def test_both_forms_of_the_memory_benchmark_give_the_same_gradient(world, capsys
     monkeypatch.setattr(bench.torch, "randint", lambda low, high, *rest, randint=torch.randint, **more:
                         randint(*((5, 20) if high == 1000 else (low, high)), *rest, **more))
     for variant in ("held", "ours"):
-        bench.memory_variant(bench.argparse.Namespace(rm=str(world / "rm"), layers=2, variant=variant))
+        bench.rm_memory_variant(bench.argparse.Namespace(rm=str(world / "rm"), layers=2, variant=variant))
         norms.append(json.loads(capsys.readouterr().out)["norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 0

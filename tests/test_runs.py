@@ -340,14 +340,14 @@ def bad(anchored, tmp_path_factory):
 
 @pytest.mark.parametrize("words, said", [  # run in the folder above; the line holds the first word and what is said
     ("--nonsense 1", ""), ("--step 3", ""), ("--steps", "argument"), ("--steps x", "int"), ("--algo ppo", "grpo"),
-    ("--stage all", "preference"), ("--steps -1", "-1: "), ("--steps 0", "above 0"), ("--lr_rm nan", "nan: "),
-    ("--lr_policy -0.1", "at least 0"), ("--kl_coef inf", "inf: "), ("--top_p 1.5", "at most 1"),
-    ("--m0 2", "at most 1"), ("--group 1", "2 or more"), ("--batch 3", "a multiple of 2"), ("--device cuda", "GPU"),
-    ("--batch 4 --num_minibatches 3", "a multiple of 3"),
-    ("--out good.jsonl", "good.jsonl"), ("--prompts none.jsonl", "none.jsonl row 1: "),
+    ("--stage all", "preference"), ("--steps -1", "-1: "), ("--steps 0", "more than 0"), ("--lr_rm nan", "nan: "),
+    ("--lr_policy -0.1", "0 or more"), ("--kl_coef inf", "inf: "), ("--top_p 1.5", "at most 1"),
+    ("--m0 2", "at most 1"), ("--group 1", "2 or more"), ("--batch 3", "a multiple of ranks"), ("--device cuda", "GPU"),
+    ("--batch 4 --num_minibatches 3", "a multiple of ranks"),
+    ("--out good.jsonl", "good.jsonl"), ("--prompts none.jsonl", "none.jsonl: expected JSON"),
     ("--prompts object.json", "object.json"), ("--prompts cut.jsonl.gz", "cut.jsonl.gz"),
     ("--max_prompt_tokens 32 --max_new_tokens 2040", "at most 2048 together"),
-    ("--prompts nobody/nothing", "nobody/nothing"), ("--prompts empty.jsonl", "expected rows"),
+    ("--prompts nobody/nothing", "nobody/nothing"), ("--prompts empty.jsonl", "one row or more"),
     ("--prompts plain.jsonl.gz", "gz"), ("--prompts latin1.jsonl", "utf-8"), ("--prompts rows.ndjson", "parquet"),
     ("--prompts broken.jsonl", "broken.jsonl row 2: expected JSON"), ("--prompts typed.jsonl", "typed.jsonl row 3: "),
     ("--prompts unnamed.jsonl", "unnamed.jsonl row 2: "), ("--prompts blank.jsonl", "blank.jsonl row 1: "),
@@ -359,10 +359,10 @@ def bad(anchored, tmp_path_factory):
     ("--heldout good.jsonl broken.jsonl", "broken.jsonl row 2: "), ("--heldout list.jsonl", "list.jsonl row 2: "),
     ("--rm reversed", "prefix"), ("--rm reversed --stage preference --pairs good.jsonl", "prefix"),
     ("--prompts good.jsonl --policy picky", "good.jsonl row 1: "), ("--policy ./none", "./none"),
-    ("--policy no_config", "no_config"), ("--policy no_weights", "no_weights"), ("--policy rm", "causal"),
-    ("--policy lacks", "lacks: it has no weights for "), ("--policy silent", "its tokenizer has no chat template"),
+    ("--policy no_config", "no_config"), ("--policy no_weights", "no_weights"), ("--policy rm", "classifier"),
+    ("--policy lacks", "it lacks "), ("--policy silent", "has a chat template"),
     ("--rm ./none", "./none"), ("--rm no_template", "chat template"), ("--rm two", "1 label"),
-    ("--rm policy", "classifier"), ("--rm no_head --stage save", "--stage value")])
+    ("--rm policy", "score.weight"), ("--rm no_head --stage save", "--stage value")])
 def test_bad_input_is_refused_in_one_line_before_anything_is_written(bad, tmp_path, capsys, monkeypatch, words, said):
     monkeypatch.chdir(bad)
     monkeypatch.setattr(save, "WORLD", 2 if words == "--batch 3" else 1)
