@@ -111,8 +111,8 @@ class Config:
 
     def checked(self):
         """Refuse what cannot work; replace every "auto" and none by what will be used."""
-        above_0 = ("steps batch group value_k value_batch value_epochs max_new_tokens max_prompt_tokens temperature "
-                   "top_p num_minibatches").split()
+        above_0 = ("steps batch group value_k value_batch value_epochs max_new_tokens max_prompt_tokens "
+                   "temperature top_p num_minibatches").split()
         for name, value in vars(self).items():
             if type(value) in (int, float):
                 least = "more than 0" if name in above_0 else "0 or more"
@@ -120,7 +120,7 @@ class Config:
         for name in ("m0", "top_p"):
             expect(getattr(self, name) <= 1, f"--{name} {getattr(self, name)}: expected at most 1")
         ranks = WORLD * self.num_minibatches
-        expect(self.batch % ranks == 0, f"--batch {self.batch}: expected a multiple of ranks x minibatches, {ranks}")
+        expect(self.batch % ranks == 0, f"--batch {self.batch}: expected a multiple of {ranks}, ranks x minibatches")
         expect(self.group > 1 or self.stage in ("preference", "value"), f"--group {self.group}: expected 2 or more")
         gpu, preference = self.device != "cpu" and torch.cuda.is_available(), self.stage == "preference"
         expect(gpu or self.device != "cuda", "--device cuda: no GPU here, expected cpu or auto")
@@ -187,15 +187,15 @@ def contrastive_loss(rewards, values, positive, negative, usable=None):
     return masked_mean(loss, positive.any(1) & negative.any(1))
 
 def value_loss(values, rewards, usable=None):
-    """Eq. 12 and 21: mean of (V - mean_G R)^2 over usable rows and prompts with any. values (P,), rewards (P,G)."""
+    """Eq. 12 and 21: mean of (V - mean_G R)^2 over prompts with usable rows. values (P,), rewards (P,G)."""
     usable = torch.ones_like(rewards, dtype=torch.bool) if usable is None else usable
     values, rewards = at_least_fp32(values, rewards.detach())
     return masked_mean((values - masked_mean(rewards, usable, 1)) ** 2, usable.any(1))
 
 class RMUpdate(NamedTuple):
     """A row of RM_UPDATES: how the reward model learns from the rewards of a batch."""
-    loss: Callable | None           # loss(rewards, values, positive, negative, usable) -> scalar; none: frozen
-    anchor: str                     # what V is: "value head" | "group mean" | "" (none, nothing is filtered)
+    loss: Callable | None  # loss(rewards, values, positive, negative, usable) -> scalar; none: frozen
+    anchor: str  # what V is: "value head" | "group mean" | "" (none, nothing is filtered)
 
 RM_UPDATES = {
     "save": RMUpdate(contrastive_loss, "value head"),
@@ -220,10 +220,10 @@ def rloo_advantages(rewards, keep):
 
 class Algorithm(NamedTuple):
     """A row of ALGORITHMS: how the policy learns from the rewards of the survivors."""
-    advantages: Callable            # advantages(rewards, keep) -> (P,G)
-    ratio: str                      # log-ratio of a row: "token" by token | "mean" of its tokens | their "sum"
-    kl: str                         # "loss": k3 per token in the loss | "reward": k1 of a response in its reward
-    clip: tuple                     # (low, high) unless --clip_low and --clip_high say otherwise
+    advantages: Callable  # advantages(rewards, keep) -> (P,G)
+    ratio: str  # log-ratio of a row: "token" by token | "mean" of its tokens | their "sum"
+    kl: str  # "loss": k3 per token in the loss | "reward": k1 of a response in its reward
+    clip: tuple  # (low, high) unless --clip_low and --clip_high say otherwise
 
 ALGORITHMS = {
     "grpo": Algorithm(grpo_advantages, "token", "loss", (0.2, 0.2)),
@@ -232,7 +232,7 @@ ALGORITHMS = {
 }
 
 def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, algo, clip_low, clip_high, kl_coef):
-    """Clipped surrogate, mean over a row's tokens, then over rows with any. Log-probs, mask (N,T), advantages (N,[T]).
+    """Clipped surrogate, mean over a row's tokens, then rows. Log-probs, mask (N,T), advantages (N,) or (N,T)
     -> loss, {"kl": k3 = exp(ref - lp) - (ref - lp) - 1, "clipped": share of tokens}."""
     mask, log_probs = mask.bool(), at_least_fp32(log_probs)
     log_ratio = torch.where(mask, log_probs - at_least_fp32(old_log_probs.detach()), 0)
@@ -335,7 +335,7 @@ class Policy(nn.Module):
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         plain, own = self.model.get_output_embeddings()(hidden), self.model(ids).logits
         same, kind = torch.allclose(plain.float(), own.float(), rtol=1e-2, atol=1e-2), type(self.model).__name__
-        expect(same, f"--policy {path}: expected a plain output layer, {kind} scales or caps it, or is not finite")
+        expect(same, f"--policy {path}: expected a plain output layer, {kind} scales or caps it, or has NaN")
 
     def token_log_probs(self, hidden, targets, temperature):
         """log pi(target) over the full vocabulary. hidden (M,H), targets (M,) -> (M,)."""
@@ -343,7 +343,7 @@ class Policy(nn.Module):
         return -F.cross_entropy(logits / temperature, targets, reduction="none")
 
     def forward(self, input_ids, lengths, prompt_lengths, temperature, chunk=512):
-        """input_ids (n,T) right-padded -> log_probs and mask (n,R) of response tokens; logits exist for a `chunk`."""
+        """input_ids (n,T) right-padded -> log_probs, mask (n,R) of response tokens; logits for a `chunk`."""
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         counts = lengths - prompt_lengths
         mask = torch.arange(int(counts.max()), device=input_ids.device) < counts[:, None]
@@ -381,7 +381,7 @@ def to_working_copy(module, cfg):
 
 # ---- 5. rollout -------------------------------------------------------------
 def sample_tokens(logits, uniforms, temperature, top_p, top_k):
-    """A token per row: temperature (0: greedy), top-k, top-p over what is left, at `uniforms`. (n,V), (n,) -> (n,)."""
+    """A token per row, at `uniforms`: temperature (0: greedy), top-k, then top-p. (n,V), (n,) -> (n,)."""
     if temperature == 0:
         return logits.argmax(-1)
     ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
@@ -407,7 +407,7 @@ def rollout(policy, prompt_ids, group, seeds, *, max_new_tokens, temperature, to
     return responses, ended
 
 def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
-    """One wave: prefill each prompt once, then decode all rows. -> tokens (n,R), -1 after the end; ended (n,)."""
+    """One wave, each prompt prefilled once. -> tokens (n,R), -1 after the end; ended (n,)."""
     model, device = policy.model, policy.model.device
     lengths = torch.tensor([len(ids) for ids in prompt_ids], device=device)
     width = int(lengths.max())
@@ -449,7 +449,7 @@ class Run:
     rm: RewardModel
     policy: Policy = None
     log: "Log" = None
-    optimizers: dict = dataclasses.field(default_factory=dict)  # of "rm", "value" and "policy" those in training
+    optimizers: dict = dataclasses.field(default_factory=dict)  # those in training: rm, value, policy
     step: int = 1  # under way
     inputs: dict = dataclasses.field(default_factory=dict)  # digest of what was read, for the checkpoint
     lr_scale: float = 1.0  # of all learning rates, --lr_schedule
@@ -712,8 +712,8 @@ def heldout_accuracy(run, heldout):
 
 # ---- 8. optimizer and offload -----------------------------------------------
 class ShardedAdamW:
-    """AdamW on fp32 masters, whole parameters dealt to ranks (ZeRO-1); the model is a working copy: bf16 would not move
-    at lr 1e-7. `keep_initial`: initial weights are dealt too, `swapped` makes the reference model of them."""
+    """AdamW on fp32 masters, whole parameters dealt to ranks (ZeRO-1): a bf16 model would not move at lr 1e-7.
+    `keep_initial`: initial weights are dealt too, `swapped` makes the reference model of them."""
     max_norm = 1.0  # gradients are clipped to it
 
     def __init__(self, model, lr, cfg, keep_initial=False):
@@ -835,7 +835,7 @@ def total(*numbers):
     return sums.tolist()
 
 def accumulate(model, batches, micro_loss):
-    """The gradient of micro_loss(model, rows) -> (loss, numbers), summed, into p.grad. Returns the sums of numbers.
+    """The gradient of micro_loss(model, rows) -> (loss, numbers), summed, into p.grad -> sums of numbers.
     Ranks may have different numbers of micro-batches, at least one. DDP averages over ranks: a factor WORLD."""
     model.zero_grad()
     model.train()  # activations are recomputed in no other mode; there is no dropout
@@ -846,7 +846,7 @@ def accumulate(model, batches, micro_loss):
         for p in filter(lambda p: p.requires_grad, model.parameters()):
             p.grad = torch.zeros_like(p)
         ddp = nn.parallel.DistributedDataParallel
-        # its first bucket is the whole model otherwise; torch before 2.13 knows no better
+        # otherwise its first bucket is the whole model
         newer = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
         sizes = {"bucket_cap_mb_list": [25]} if newer else {}
         wrapped = ddp(model, init_sync=False, gradient_as_bucket_view=True, **sizes)
@@ -862,7 +862,7 @@ def accumulate(model, batches, micro_loss):
 DATE = "26 Jul 2024"  # Llama-3.2's template prints today's date otherwise
 
 def encode_chats(tokenizer, chats, generation_prompt=False):
-    """Lists of messages -> lists of token ids, with exactly one BOS where the tokenizer wants one."""
+    """Lists of messages -> lists of token ids, with one BOS where the tokenizer wants one."""
     special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
     pattern = re.compile("|".join(special) or "(?!)")  # in messages a space makes them text
     chats = [[{**message, "content": pattern.sub(lambda m: m[0][0] + " " + m[0][1:], message["content"])}
@@ -876,7 +876,7 @@ def encode_chats(tokenizer, chats, generation_prompt=False):
 
 def encode_responses(tokenizer, messages, responses):
     """A prompt and response texts -> [(ids, prompt_length)] in the reward model's own template.
-    V is read at the end of the prompt, which must be a token prefix of the whole, as in Llama-3, Qwen and ChatML."""
+    V is read at the end of the prompt: a token prefix of the whole, as in Llama-3, Qwen and ChatML."""
     answered = [messages + [{"role": "assistant", "content": text}] for text in responses]
     prompt, *rows = encode_chats(tokenizer, [messages, *answered])
     expect(all(row[:len(prompt)] == prompt for row in rows), "--rm: expected a chat template that renders the "
@@ -884,7 +884,7 @@ def encode_responses(tokenizer, messages, responses):
     return [(row, len(prompt)) for row in rows]
 
 def read_rows(source, flag):
-    """Yield (where, row) of a .json, .jsonl (plain or .gz) or .parquet file, or of a hub dataset `name[:split]`.
+    """Yield (where, row) of a .json(l) (plain or .gz) or .parquet file, or of a hub dataset `name[:split]`.
     JSON is read here: the reader of `datasets` changes dates and, where types mix, strings."""
     kind, number = Path(source.removesuffix(".gz")).suffix, 0
     try:
@@ -980,7 +980,7 @@ def draw(items, seed, purpose, start, count):
 # ---- 11. checkpoints and logs -----------------------------------------------
 @contextlib.contextmanager
 def replaced_folder(path, *parts):
-    """Write into a folder beside `path`, then rename it: a kill leaves all or nothing. On all ranks."""
+    """Write beside `path`, then rename: a kill leaves all or nothing. On all ranks."""
     new = Path(path).with_name(f".{Path(path).name}.new")
     if RANK == 0:
         shutil.rmtree(new, ignore_errors=True)

@@ -157,6 +157,7 @@ def test_labels_of_your_own_are_what_sides_are_made_of(fork):
     assert any(record.get("reward_shift", 0) > 0 for record in metrics)
 
 
+@pytest.mark.slow
 def test_run_sh(folder, tmp_path):
     """`bash run.sh` on a world that is there already, beside an earlier result, which stays as it is."""
     assert {"bash run.sh", "bash run.sh test"} <= set(COMMANDS)
