@@ -1142,7 +1142,7 @@ def first_line(error):
 
 @contextlib.contextmanager
 def blamed(what, refuse=True):
-    """Whatever goes wrong inside becomes one line that begins with `what`: libraries raise many types."""
+    """Whatever goes wrong inside becomes one line that begins with `what`."""
     try:
         yield
     except Exception as error:
