@@ -1163,9 +1163,13 @@ def main(argv=None, kind=Config):
         if RANK == 0:
             print(f"save.py: error: {str(error) or 'stopped by Ctrl-C'}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UsageError) else 130)
-    except (FloatingPointError, OSError, safetensors.SafetensorError, torch.OutOfMemoryError) as error:
+    except (FloatingPointError, OSError, safetensors.SafetensorError, RuntimeError) as error:
         full = isinstance(error, torch.OutOfMemoryError)
+        lost = WORLD > 1 and re.search("gloo|nccl|Connection (closed|reset)", str(error), re.I)
+        if isinstance(error, RuntimeError) and not full and not lost:
+            raise
         hint = "; lower --micro_tokens, --cache_tokens, --max_new_tokens, or --offload" if full else ""
+        hint = "; another rank is lost, start again with --resume" if lost else hint
         print(f"save.py: error: rank {RANK}: {first_line(error)}{hint}", file=sys.stderr, flush=True)
         os._exit(1) if WORLD > 1 else sys.exit(1)  # leaving in order would wait for the other ranks
     finally:
