@@ -11,6 +11,7 @@ import unittest.mock
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import save
@@ -228,6 +229,7 @@ def test_building_ddp_does_not_hold_them_twice_either(ranks, monkeypatch):
     assert 1 <= building <= 1.3 and 1 <= backward <= 1.3
 
 # ---------------------------------------------------------------- memory at full size
+@pytest.mark.skipif(transformers.__version__ < "5.23", reason="the cache of transformers before 5.23 copies more")
 @pytest.mark.parametrize("ranks, offload", [(1, False), (4, True)])
 def test_the_table_of_full_size_counts_every_byte_that_is_always_there(ranks, offload):
     """bench.py memory beside the sum by hand: bf16 copies; fp32 masters and moments, and the initial weights."""
