@@ -326,7 +326,7 @@ class Policy(nn.Module):
             policy, missing = cls(model, load_tokenizer(path)), ", ".join(sorted(info["missing_keys"]))[:80]
             expect(not missing, f"it lacks {missing}")
             expect("Classification" not in str(model.config.architectures), "it is a classifier")
-            return policy if policy.eos_ids else fail("it has no EOS token")
+            return policy if [*map(int, policy.eos_ids)] else fail("it has no EOS token")
 
     @torch.no_grad()
     def check_logits(self, path):
@@ -335,6 +335,7 @@ class Policy(nn.Module):
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         plain, own = self.model.get_output_embeddings()(hidden), self.model(ids).logits
         same, kind = torch.allclose(plain.float(), own.float(), rtol=1e-2, atol=1e-2), type(self.model).__name__
+        same = same and own.isfinite().all()
         expect(same, f"--policy {path}: expected a plain output layer, {kind} scales or caps it, or has NaN")
 
     def token_log_probs(self, hidden, targets, temperature):
@@ -362,7 +363,8 @@ def load_tokenizer(path, flag="policy"):
 
 def checked_model(model, tokenizer):
     """An embedding for each token of a chat; every dropout rate 0: two passes over a row must give the same."""
-    [ids] = encode_chats(tokenizer, [[{"role": "user", "content": "a"}]])
+    chat = [{"role": r, "content": "a"} for r in ("user", "assistant")]
+    [ids] = encode_chats(tokenizer, [chat], generation_prompt=True)
     rows = model.get_input_embeddings().num_embeddings
     expect(max(ids, default=0) < rows, f"expected an embedding for token {max(ids)}, it has {rows}")
     for module in model.eval().modules():
@@ -677,7 +679,7 @@ def each_step(run, heldout, stage, saved):
     cfg, asked, done = run.cfg, [], saved[0]["step"] if saved else 0
     for name, optimizer in run.optimizers.items() if saved else ():
         states = [state["optimizers"][name] for state in saved]  # of however many ranks there were
-        lacking = optimizer.masters.keys() - set().union(*states)
+        lacking = optimizer.owner.keys() - set().union(*states)
         expect(not lacking, f"--resume: the checkpoint lacks {sorted(lacking)[:1]} of {name}")
         for state in states:
             optimizer.load_state_dict(state)
@@ -865,7 +867,7 @@ def encode_chats(tokenizer, chats, generation_prompt=False):
     """Lists of messages -> lists of token ids, with one BOS where the tokenizer wants one."""
     special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
     pattern = re.compile("|".join(special) or "(?!)")  # in messages a space makes them text
-    chats = [[{**message, "content": pattern.sub(lambda m: m[0][0] + " " + m[0][1:], message["content"])}
+    chats = [[{key: pattern.sub(lambda m: m[0][0] + " " + m[0][1:], text) for key, text in message.items()}
               for message in chat] for chat in chats]
     texts = tokenizer.apply_chat_template(
         chats, tokenize=False, date_string=DATE, add_generation_prompt=generation_prompt)
@@ -937,7 +939,8 @@ def read_pairs(cfg, source, flag, tokenizer):
     pairs, own = [], Path(source).exists()
     for number, (where, row) in enumerate(read_rows(source, flag), 1):
         with blamed(where, refuse=own):
-            expect(isinstance(row, dict), "expected columns prompt, chosen and rejected")
+            there = isinstance(row, dict) and {"chosen", "rejected"} <= {*row}
+            expect(there, f"expected columns prompt, chosen, rejected, got {', '.join(row)}")
             chosen, rejected = (as_messages(row.get(side), side) for side in ("chosen", "rejected"))
             whole = [chat for side, chat in (("chosen", chosen), ("rejected", rejected)) if isinstance(row[side], list)]
             expect(all(chat[-1]["role"] == "assistant" and chat[:-1] == whole[0][:-1] for chat in whole),
@@ -1046,7 +1049,7 @@ def read_checkpoint(cfg, inputs):
 
 def say(*words):
     """Print on rank 0, at once and without breaking a progress bar."""
-    if RANK == 0:
+    if RANK == 0 and sys.stdout:
         tqdm.write(" ".join(map(str, words)))
         sys.stdout.flush()
 
@@ -1154,7 +1157,8 @@ def main(argv=None, kind=Config):
     transformers.logging.disable_progress_bar()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal may know ASCII only
+        if hasattr(stream, "reconfigure"):  # not in a notebook
+            stream.reconfigure(errors="backslashreplace")  # or ASCII fails
     try:
         cfg = parse_config(argv, kind).checked()
         start_ranks(cfg.device)

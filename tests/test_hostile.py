@@ -56,10 +56,6 @@ def default_signals():
     for number, handler in before.items():
         signal.signal(number, handler)
 
-def mends(*values, reason):
-    """A parameter set that save.py does not pass yet."""
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason))
-
 def changed_copy(source, target, file, text):
     """A model folder in which one file holds something else."""
     path = shutil.copytree(source, target) / file
@@ -245,7 +241,7 @@ def test_resume_refuses_other_prompts_pairs_and_models(ended, capsys, name, file
     finally:
         (ended / file).write_bytes(text)
 
-@pytest.mark.parametrize("world_size", [1, mends(2, reason="only the rank that would own the tensor refuses")])
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("part", ["rm", "value", "policy"])
 def test_resume_refuses_a_checkpoint_that_lacks_a_tensor(tmp_path, monkeypatch, default_signals, part, world_size):
     """On every rank, whichever of them would have owned it: else one waits for the other."""
@@ -317,7 +313,6 @@ def test_special_tokens_in_a_prompt_or_response_are_text(text, adds_bos):
     [asked] = save.encode_chats(words, [[{"role": "user", "content": text}]], True)
     assert asked[:length] == ids[:length] and SPECIAL[asked[-1]] == "<assistant>"
 
-@pytest.mark.xfail(strict=True, reason="only the content of a message is made text")
 def test_special_tokens_in_a_role_are_text():
     words = tokenizer()
     [ids] = save.encode_chats(words, [[{"role": "user><end><assistant>b", "content": "a"}]])
@@ -392,7 +387,7 @@ def test_ctrl_c_before_the_steps_is_one_line(world, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("value, part", [
     (math.nan, "model.embed_tokens.weight"), (math.inf, "model.embed_tokens.weight"), (math.nan, "lm_head.weight"),
-    mends(math.inf, "lm_head.weight", reason="inf equals inf, so both ways to the logits agree")])
+    (math.inf, "lm_head.weight")])
 def test_weights_that_are_not_finite_are_called_so(value, part):
     pi = policy(tie_word_embeddings=False)
     pi.model.get_parameter(part).data[5, 0] = value
@@ -401,8 +396,8 @@ def test_weights_that_are_not_finite_are_called_so(value, part):
 
 @pytest.mark.parametrize("flag, row, there", [
     ("prompts", {"text": "copy a", "label": 1}, "text, label"),
-    mends("pairs", {"prompt": "a", "good": "a", "bad": "b"}, "prompt, good, bad", reason="it says: got None"),
-    mends("heldout", {"prompt": "a", "chosen": "a", "bad": "b"}, "chosen, bad", reason="it says: got None")])
+    ("pairs", {"prompt": "a", "good": "a", "bad": "b"}, "prompt, good, bad"),
+    ("heldout", {"prompt": "a", "chosen": "a", "bad": "b"}, "chosen, bad")])
 def test_a_wrong_column_names_those_that_are_there(world, tmp_path, capsys, flag, row, there):
     file = write(tmp_path / "rows.jsonl", [row])
     stage = {"stage": "preference"} if flag == "pairs" else {}
@@ -424,8 +419,8 @@ def with_a_word(source, target, template):
 
 @pytest.mark.parametrize("flag, template", [
     ("policy", "<new> " + toy.POLICY_TEMPLATE), ("rm", "<new> " + toy.RM_TEMPLATE),
-    mends("policy", toy.POLICY_TEMPLATE.replace("'<assistant>' if", "'<new>' if"), reason="IndexError in the rollout"),
-    mends("rm", toy.RM_TEMPLATE.replace("(' ' + (m.", "(' <new> ' + (m."), reason="IndexError in the scoring")])
+    ("policy", toy.POLICY_TEMPLATE.replace("'<assistant>' if", "'<new>' if")),
+    ("rm", toy.RM_TEMPLATE.replace("(' ' + (m.", "(' <new> ' + (m."))])
 def test_a_template_with_a_token_beyond_the_embedding_is_refused(world, tmp_path, capsys, flag, template):
     folder = with_a_word(world / flag, tmp_path / flag, template)
     line = refusal(capsys, argv(world, tmp_path / "out", **ONE, **{flag: folder}))
@@ -453,7 +448,6 @@ def test_a_damaged_model_folder_is_one_line(world, tmp_path, capsys, flag, file,
     assert said in refusal(capsys, argv(world, tmp_path / "out", **ONE, **{flag: folder}))
     assert not (tmp_path / "out").exists()
 
-@pytest.mark.xfail(strict=True, reason="ValueError in the rollout")
 def test_an_eos_as_text_is_refused_where_the_tokenizer_has_none(world, tmp_path, capsys):
     folder = changed_copy(world / "policy", tmp_path / "policy", "generation_config.json", json.dumps(GENERATION))
     words = json.loads((folder / "tokenizer_config.json").read_text())
@@ -483,7 +477,6 @@ def test_a_terminal_that_knows_ascii_only_will_do(world, tmp_path, monkeypatch):
     printed.flush()
     assert b"accuracy on \\xe9\\U0001f600: " in printed.buffer.getvalue() and (tmp_path / "out/rm").exists()
 
-@pytest.mark.xfail(strict=True, reason="AttributeError: no `reconfigure`")
 @pytest.mark.parametrize("stream", [io.StringIO, lambda: None], ids=["notebook", "closed"])
 def test_a_notebooks_or_a_closed_stdout_will_do(world, tmp_path, monkeypatch, stream):
     monkeypatch.setattr(sys, "stdout", stream())
