@@ -317,6 +317,7 @@ def test_other_weights_in_the_same_folder_are_scored_anew(rms, tmp_path, monkeyp
     run(*flags, "--dtype", "bfloat16")
     assert len(seen) == 2  # another precision is another model
 
+@pytest.mark.slow
 def test_two_ranks_give_the_same_as_one(everything, rms, data, tmp_path):
     command = [sys.executable, ROOT / "eval.py", "--rm", rms[0], "--bench", "all", "--data", data, "--out", tmp_path,
                "--draws", "200", "--device", "cpu"]

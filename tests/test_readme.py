@@ -67,7 +67,7 @@ def test_names_in_the_readme_exist():
 
 def test_the_forks_in_the_readme_exist():
     files = re.findall(r"`(?:tests/forks/)?(\w+\.py)`", README.split("## From the paper")[1].split("## Where")[0])
-    assert len(files) == 8 and [name for name in files if not (ROOT / "tests/forks" / name).is_file()] == []
+    assert len(files) == 9 and [name for name in files if not (ROOT / "tests/forks" / name).is_file()] == []
 
 
 def test_commands_of_save(folder, monkeypatch):
