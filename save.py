@@ -580,12 +580,13 @@ def policy_step(run, batch, keep):
     chunks = torch.arange(len(keep)).chunk(cfg.num_minibatches)  # by prompt, in the global order
     parts = [[row for row in rows if RANK + WORLD * (row // group) in chunk] for chunk in chunks]
     batches = [micro_batches(part or [0], batch.sequences, cfg.micro_tokens) for part in parts]
+    every = sum(sorted(batches, key=lambda micro: micro != [[0]]), [])  # stand-ins first
     with run.log.time("log_probs"):
         if cfg.num_minibatches > 1 or algorithm.kl == "reward":
-            old = response_log_probs(run, batch, sum(batches, []))
+            old = response_log_probs(run, batch, every)
         if cfg.kl_coef:
             with run.optimizers["policy"].swapped():
-                reference = response_log_probs(run, batch, sum(batches, []))
+                reference = response_log_probs(run, batch, every)
     advantages = policy_advantages(run, batch, trained, old, reference)
 
     def micro_loss(model, rows):

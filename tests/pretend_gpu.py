@@ -31,7 +31,6 @@ class Memory:
 
 class Calls(TorchFunctionMode):
     """What Python asks for by the name of a device."""
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return self.gpu.call(func, args, kwargs or {})
 
@@ -59,9 +58,8 @@ class Pretence(contextlib.ExitStack):
             if backend() == "fake":  # one process is a rank of many: nothing is sent, not even divided
                 ddp.register_comm_hook(None, noop_hook)
         # loaded in here, the rotary frequencies, which are in no file, would be garbage
-        loaders = (save.AutoModelForCausalLM, save.AutoModelForSequenceClassification)
-        patches = [*(patch.object(kind, "from_pretrained", self.outside(kind.from_pretrained)) for kind in loaders),
-                   patch.multiple(
+        patches = [*(patch.object(kind, "from_pretrained", self.outside(kind.from_pretrained)) for kind in (
+            save.AutoModelForCausalLM, save.AutoModelForSequenceClassification)), patch.multiple(
             torch.cuda, is_available=lambda: True, max_memory_allocated=lambda: self.peak, synchronize=self.wait,
             reset_peak_memory_stats=lambda: setattr(self, "peak", self.live),
             set_device=lambda device: setattr(self, "current", torch.device(device).index or 0)), patch.multiple(
