@@ -435,7 +435,7 @@ def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
         running = (~ended[rows]).nonzero()[:, 0]
         if len(running) == 0 or t == max_new_tokens - 1:
             break
-        if len(running) <= len(rows) * 7 // 8:  # dropping copies the cache, so not for every single row
+        if len(running) <= len(rows) * 7 // 8:  # it copies the cache, so not for every row
             cache.batch_select_indices(running)
             rows, token, mask, position = (x[running] for x in (rows, token, mask, position))
         logits = model(input_ids=token[:, None], attention_mask=mask[:, :width + t + 1].long(), past_key_values=cache,
@@ -539,7 +539,7 @@ def reward_model_step(run, batch, positive, negative):
     if not weights.any():
         return False
     own = mine(weights).flatten()
-    rows = own.nonzero()[:, 0].tolist() or [0]  # a rank with nothing to train on takes part with weight 0
+    rows = own.nonzero()[:, 0].tolist() or [0]  # a rank without any takes part with weight 0
     train_on(run, "rm", micro_batches(rows, batch.chats, run.cfg.micro_tokens), lambda model, rows: (
         (model(*model_inputs([batch.chats[row] for row in rows], own.device))[0] * own[rows]).sum(), ()))
     return True
@@ -702,11 +702,11 @@ def each_step(run, heldout, stage, saved):
         if stopping or cfg.save_every and run.step % cfg.save_every == 0:
             save_checkpoint(run)
         if stopping:
-            say(f"stopped by a signal after step {run.step}: --resume goes on from there")
+            say(f"stopped by a signal after step {run.step}: --resume goes on")
             sys.exit(0)
 
 def heldout_accuracy(run, heldout):
-    """Percentage of pairs with R(chosen) > R(rejected), a tie is wrong, of each --heldout file."""
+    """Percentage of pairs with R(chosen) > R(rejected), of each --heldout file; a tie is wrong."""
     for name, pairs in heldout.items():
         rewards, _ = score(run.rm, [side for pair in mine(pairs) for side in pair], run.cfg.micro_tokens)
         accuracy = 100 * total((rewards[0::2] > rewards[1::2]).sum())[0] / len(pairs)
