@@ -671,8 +671,9 @@ def value_stage(run, prompts):
         if usable[part].any():
             value_step(run, *(x[part] for x in data))
     run.rm.has_value_head = True
+    targets, fitted = masked_mean(rewards, usable, 1), usable.any(1)
     run.log.put(value_loss=value_loss(run.rm.value(features), rewards, usable),
-                value_target_variance=masked_mean(rewards, usable, 1).var(correction=0))
+                value_target_variance=masked_mean((targets - masked_mean(targets, fitted)) ** 2, fitted))
     run.log.write(0, "value")
 
 def each_step(run, heldout, stage, saved):
@@ -832,7 +833,7 @@ def broadcast(tensor, source):
 def total(*numbers):
     """Each number summed over the ranks, as floats."""
     sums = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
-    if WORLD > 1:
+    if WORLD > 1 and numbers:
         sums = sums if dist.get_backend() == "gloo" else sums.cuda()
         dist.all_reduce(sums)
     return sums.tolist()

@@ -118,6 +118,16 @@ def test_the_schedule_holds_in_stage_value(world, tmp_path, monkeypatch, schedul
     run(world, tmp_path / "out", stage="value", lr_schedule=schedule, value_prompts=8, value_batch=4, value_epochs=2)
     assert rates == pytest.approx([0.02 * scale for scale in want])
 
+@pytest.mark.parametrize("masks, want", [(("1111", "0000", "1001", "0000"), 4.0), (["0000"] * 4, 0.0)])
+def test_stage_value_compares_with_the_targets_that_it_fits(tmp_path, monkeypatch, masks, want):
+    """Means 1 and 5 have a variance of 4; a prompt without a usable response has no target, not one of 0."""
+    run, prompts, batch = make_run(tmp_path, value_prompts=4, value_k=4, value_epochs=1, batch=4)
+    batch.rewards, batch.usable = torch.tensor([[1.0] * 4, [7] * 4, [5, 0, 0, 5], [9] * 4]), bits(*masks)
+    monkeypatch.setattr(save, "sample", lambda *args: batch)
+    monkeypatch.setattr(save, "score_batch", lambda run, batch: None)
+    save.value_stage(run, prompts)
+    assert rows_of(tmp_path / "metrics.jsonl")[-1]["value_target_variance"] == want
+
 def test_a_large_ratio_keeps_its_gradient():
     """A negative advantage is not clipped from above: 21 tokens of +1 make the ratio e^21 (a cap at e^20 has none)."""
     log_probs = torch.zeros(1, 21, requires_grad=True)
