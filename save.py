@@ -535,7 +535,7 @@ def reward_model_step(run, batch, positive, negative):
     rewards = batch.rewards.clone().requires_grad_()
     loss = RM_UPDATES[run.cfg.rm_update].loss(rewards, anchor(run, batch), positive, negative, batch.usable)
     weights = torch.autograd.grad(loss, rewards)[0]
-    run.log.put(rm_loss=loss)
+    run.log.put(rm_loss=loss, common_push=weights.sum())
     if not weights.any():
         return False
     own = mine(weights).flatten()
@@ -665,16 +665,32 @@ def value_stage(run, prompts):
         batches.append((batch.rewards, batch.features, batch.usable))
     data = rewards, features, usable = [torch.cat(tensors) for tensors in zip(*batches)]
     run.optimizers["value"] = ShardedAdamW(run.rm.value_head, cfg.value_lr, cfg)
-    parts = torch.arange(count).split(cfg.value_batch) * cfg.value_epochs
+    tenth = count // 10  # prompts kept out of the fit
+    parts = torch.arange(count - tenth).split(cfg.value_batch) * cfg.value_epochs
     for done, part in enumerate(parts):
         run.lr_scale = 1 - (cfg.lr_schedule == "linear") * done / len(parts)
         if usable[part].any():
             value_step(run, *(x[part] for x in data))
     run.rm.has_value_head = True
-    targets, fitted = masked_mean(rewards, usable, 1), usable.any(1)
-    run.log.put(value_loss=value_loss(run.rm.value(features), rewards, usable),
-                value_target_variance=masked_mean((targets - masked_mean(targets, fitted)) ** 2, fitted))
+    diagnose(run, *(x[-tenth:] for x in data))
     run.log.write(0, "value")
+
+def diagnose(run, rewards, features, usable):
+    """Whether SAVE suits this RM and policy, on prompts that V was not fitted to: R2 of V, and at the first
+    threshold the share kept and the common push, the sum of a group's dL/dR: above 0, L_R lowers its mean."""
+    cfg, row, values = run.cfg, RM_UPDATES[run.cfg.rm_update], run.rm.value(features).detach()
+    targets, fitted, leaf = masked_mean(rewards, usable, 1), usable.any(1), rewards.clone().requires_grad_()
+    error = value_loss(values, rewards, usable)
+    variance = masked_mean((targets - masked_mean(targets, fitted)) ** 2, fitted)
+    threshold = curriculum_threshold(1, cfg.steps, cfg.m0)
+    positive, negative, _ = partition(rm_advantages(rewards, values), threshold, usable)
+    run.log.put(value_loss=error, value_target_variance=variance, reward_spread=rewards.std(1).mean(),
+                kept=(positive | negative).float().mean())
+    if variance > 0:
+        run.log.put(value_r2=1 - error / variance)
+    if row.loss and row.anchor:
+        loss = row.loss(leaf, values, positive, negative, usable)
+        run.log.put(common_push=torch.autograd.grad(loss, leaf)[0].sum())
 
 def each_step(run, heldout, stage, saved):
     """Yield at each step; around them resume, evaluate, log and save."""
@@ -1103,7 +1119,7 @@ class Log:
         self.append("metrics.jsonl", record)
         if step % 10 == 0 or step in (1, self.cfg.steps):
             shown = ("rm_loss", "rm_accuracy", "reward", "reward_spread", "kept", "valid", "value_bias", "kl",
-                     "value_loss", "value_target_variance", "step_seconds")
+                     "deflation", "common_push", "value_loss", "value_target_variance", "value_r2", "step_seconds")
             say(stage, step, *(f" {name} {record[name]:.4g}" for name in shown if name in record))
             for text in record.get("health", ()):
                 say(f"  health: {text}")

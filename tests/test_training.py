@@ -2,6 +2,7 @@
 all rows at once and the papers' formulas as loops."""
 import copy
 import dataclasses
+import json
 import math
 import statistics
 
@@ -357,3 +358,48 @@ def test_the_preference_step_has_the_gradient_of_the_plain_graph(tmp_path):
     same(run.optimizers["rm"].seen[0][1], want, 1e-5)
     accuracy = (margins > 0).float().mean()
     assert run.log.record["rm_accuracy"] == accuracy and 0 < accuracy < 1
+
+
+def test_stage_value_judges_v_on_prompts_that_it_was_not_fitted_to(tmp_path, monkeypatch):
+    """Of 20 prompts the last two: their V, kept share and common push worked out by hand."""
+    run, prompts, batch = make_run(tmp_path, value_prompts=20, value_k=4, value_batch=6, value_epochs=2, steps=10, m0=0.5)
+    rewards = torch.arange(80.0).view(20, 4) % 7
+    rewards[-2:] = torch.tensor([[4.0, 1, 0, -3], [2, 2.2, 5, 6]])
+    usable = torch.ones(20, 4, dtype=torch.bool)
+    usable[-1, 3] = False
+    features, parts, fitted = torch.eye(20), iter(range(5)), []
+
+    def sampled(run, prompts, group, start, purpose):
+        rows = slice(4 * (start // 4), 4 * (start // 4) + 4)
+        batch.rewards, batch.features, batch.usable = rewards[rows], features[rows], usable[rows]
+        return batch
+    monkeypatch.setattr(save, "sample", sampled)
+    monkeypatch.setattr(save, "score_batch", lambda run, batch: None)
+    monkeypatch.setattr(save, "value_step", lambda run, rewards, features, usable: fitted.append(features.argmax(1)))
+    run.rm.value_head = torch.nn.Linear(20, 1)
+    torch.nn.init.zeros_(run.rm.value_head.weight)
+    torch.nn.init.ones_(run.rm.value_head.bias)  # V = 1
+    save.value_stage(run, prompts)
+    assert torch.cat(fitted).tolist() == [*range(18)] * 2  # each of the others twice, these never
+    record = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1]
+    means = 0.5, 9.2 / 3
+    error = ((1 - means[0]) ** 2 + (1 - means[1]) ** 2) / 2
+    assert record["value_r2"] == pytest.approx(1 - error / ((means[1] - means[0]) / 2) ** 2, rel=1e-5)
+    # mu(1) = (2 - 0.6) / 2: |R - V| of at least log(0.7 / 0.3) = 0.85; 1 and the one that is not usable fall out
+    assert record["kept"] == pytest.approx(6 / 8)
+    assert record["common_push"] == pytest.approx(  # only the first group has both signs
+        -1 / (1 + math.exp(3)) + (math.exp(-1) + math.exp(-4)) / (1 + math.exp(-1) + math.exp(-4)), rel=1e-5)
+    assert record["reward_spread"] == pytest.approx(rewards[-2:].std(1).mean().item(), rel=1e-5)
+
+
+def test_the_common_push_of_a_step_is_that_of_the_closed_form(tmp_path):
+    """Z+ and Z-, sums of e^(R-V) over the sides: -1 / (1 + Z+) + Z- / (1 + Z-), mean over groups with both signs."""
+    run, _, batch = make_run(tmp_path)
+    torch.nn.init.constant_(run.rm.value_head.bias, batch.rewards.mean().item())
+    positive, negative, valid = save.filtered(run, batch)
+    assert valid.any()
+    save.reward_model_step(run, batch, positive, negative)
+    weights = (batch.rewards - save.anchor(run, batch)[:, None]).double().exp()
+    up, down = ((weights * side).sum(1)[valid] for side in (positive, negative))
+    want = (down / (1 + down) - 1 / (1 + up)).mean().item()
+    assert run.log.record["common_push"] == pytest.approx(want, abs=1e-5) and abs(want) > 1e-3
