@@ -1198,6 +1198,35 @@ def main(argv=None, kind=Config):
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
+def memory_needed(run, tokens):
+    """{phase: peak bytes of this GPU}, rather too few: what fits must run. `tokens` of a rank's step."""
+    cfg, policy = run.cfg, run.policy
+    always, more = torch.cuda.memory_allocated(), {}
+    if policy and not getattr(policy.model.config, "sliding_window", None):
+        named = policy.named_parameters()
+        kept = sum(len(p) * p.itemsize for name, p in named if re.search("[kv]_proj.weight", name))
+        more["rollout"] = kept * min(cfg.cache_tokens or tokens, tokens)
+    for name, optimizer in run.optimizers.items():
+        parts = dict(getattr(run, name).model.named_parameters())
+        masters = sum(p.nbytes for p in optimizer.masters.values() if not cfg.offload)
+        always += 2 * masters  # moments
+        # each layer's input, and about as much inside one
+        width = sum(p.nbytes for key, p in parts.items() if "input_layernorm.weight" in key)
+        graph = 2 * width * min(cfg.micro_tokens, tokens)
+        more[f"{name}_update"] = sum(p.nbytes for p in parts.values()) + max(masters, graph)
+    return {"always": always, **{phase: always + x for phase, x in more.items()}}
+
+def check_memory(run, tokens):
+    """Refuse what a GPU cannot hold."""
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    for phase, need in memory_needed(run, tokens).items():
+        flags = {"always": "smaller models", "rollout": "lower --cache_tokens"}
+        flags = flags.get(phase, "lower --micro_tokens")
+        if run.optimizers and not run.cfg.offload:
+            flags = f"--offload, more GPUs, {flags}"
+        expect(need <= free, f"{WORLD} ranks, {phase}: needs {need / 1e9:.1f} GB on each GPU, "
+               f"{free / 1e9:.1f} GB are free: {flags}")
+
 def train(cfg):
     """Read all input before writing any output, then run the stages asked for."""
     preference, saving, row = cfg.stage == "preference", cfg.stage in ("", "save"), RM_UPDATES[cfg.rm_update]
@@ -1234,6 +1263,10 @@ def train(cfg):
         if saving:
             run.optimizers["policy"] = ShardedAdamW(run.policy.model, cfg.lr_policy, cfg, keep_initial=cfg.kl_coef > 0)
         to_working_copy(run.policy, cfg).check_logits(cfg.policy)
+    group = {"preference": 2, "value": cfg.value_k}.get(cfg.stage, cfg.group)
+    each = sum(len(a[0]) if preference else len(b) + cfg.max_new_tokens for a, b in rows) / len(rows)
+    if cfg.device != "cpu":
+        together(lambda: check_memory(run, cfg.batch // WORLD * group * each))
     run.log = together(lambda: Log(cfg, saved))
     if preference:
         rm.has_value_head = False  # one that it had belongs to other rewards

@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import sys
-import unittest.mock
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -43,12 +43,12 @@ class Operations(TorchDispatchMode):
 
 class Pretence(contextlib.ExitStack):
     """Inside, save.py finds a GPU; what it would refuse is an AssertionError. `waits` counts how often the host waited,
-    by (function of save.py, what); `live` and `peak` are bytes; `numbers`: what .item() says where there is no data."""
+    by (function of save.py, what); `live`, `peak`, `size`: bytes; `numbers`: what .item() says if there is no data."""
 
-    def __init__(self, real="cpu"):
+    def __init__(self, real="cpu", size=float("inf")):
         super().__init__()
-        self.real, self.current, self.building, self.live, self.peak, self.numbers = real, 0, False, 0, 0, {}
-        self.waits, self.modes, patch = collections.Counter(), (Calls(), Operations()), unittest.mock.patch
+        self.real, self.size, self.current, self.building, self.live, self.peak = real, size, 0, False, 0, 0
+        self.waits, self.numbers, self.modes = collections.Counter(), {}, (Calls(), Operations())
         self.modes[0].gpu = self.modes[1].gpu = self
 
         def build(ddp, *args, old=DDP.__init__, backend=dist.get_backend, **options):
@@ -61,7 +61,8 @@ class Pretence(contextlib.ExitStack):
         patches = [*(patch.object(kind, "from_pretrained", self.outside(kind.from_pretrained)) for kind in (
             save.AutoModelForCausalLM, save.AutoModelForSequenceClassification)), patch.multiple(
             torch.cuda, is_available=lambda: True, max_memory_allocated=lambda: self.peak, synchronize=self.wait,
-            reset_peak_memory_stats=lambda: setattr(self, "peak", self.live),
+            reset_peak_memory_stats=lambda: setattr(self, "peak", self.live), memory_allocated=lambda: self.live,
+            memory_reserved=lambda: self.live, mem_get_info=lambda: (self.size - self.live, self.size),
             set_device=lambda device: setattr(self, "current", torch.device(device).index or 0)), patch.multiple(
             dist, get_backend=lambda *_: "nccl",
             init_process_group=lambda _, old=dist.init_process_group, **rest: old("gloo", **rest),
@@ -89,8 +90,7 @@ class Pretence(contextlib.ExitStack):
 
     def place(self, tensor):
         """Index of the GPU that a tensor is on, None for the host."""
-        memory = getattr(tensor.untyped_storage(), "memory", None)
-        return memory and memory.place
+        return getattr(getattr(tensor.untyped_storage(), "memory", None), "place", None)
 
     def move(self, tensor, place):
         """Put a new tensor on a GPU, or a copied one on the host (None)."""

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import shutil
 import socket
+import sys
+import types
 import unittest.mock
 
 import pytest
@@ -109,10 +111,28 @@ def test_a_run_is_the_same_byte_for_byte(world, tmp_path, name):
         on_gpu(world, tmp_path / "gpu", resume=True, **CASES[name])
         same_files(tmp_path / "cpu", tmp_path / "gpu")
 
-def rank_of_two(rank, port, world, out):
-    """What torchrun would start, but without importing everything again."""
+def as_rank(rank, port):
+    """What torchrun would set, in a process that it would start, but without importing everything again."""
     save.RANK, save.WORLD, save.LOCAL_RANK, save.NO_BAR = rank, 2, rank, True
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+def two_ranks(work, *inputs):
+    """Exit codes of work(rank, port, *inputs) in two processes; none outlives a minute."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=work, args=(rank, port, *inputs)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+        rank.kill()
+    return [rank.exitcode for rank in ranks]
+
+def rank_of_two(rank, port, world, out):
+    """Two algorithms on the CPU and on the pretended GPU."""
+    as_rank(rank, port)
     for case in ("grpo", "gspo"):
         save.main(argv(world, out / f"{case} cpu", device="cpu", **CASES[case]))
         with counted() as calls, Pretence() as gpu:
@@ -121,17 +141,7 @@ def rank_of_two(rank, port, world, out):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a real GPU autograd has threads, which do not fork")
 def test_two_ranks_are_the_same_byte_for_byte(world, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=rank_of_two, args=(rank, port, world, tmp_path)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(60)
-        rank.kill()
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert two_ranks(rank_of_two, world, tmp_path) == [0, 0]
     for case in ("grpo", "gspo"):
         same_files(tmp_path / f"{case} cpu", tmp_path / f"{case} gpu")
 
@@ -244,3 +254,149 @@ def test_the_table_of_full_size_counts_every_byte_that_is_always_there(ranks, of
     cache = 8 * 16 * 1215 * 2 * 2 * 2 * 128 * 2  # rows, tokens, keys and values, layers, heads, their width, bf16
     assert cache < (peaks["rollout"] - peaks["always"]) * 1e9 < 1.5 * cache
     assert peaks["policy_update"] - peaks["always"] > 2e-9 * policy  # its gradients
+
+# ---------------------------------------------------------------- what cannot fit is refused before it starts
+def measured_and_needed(monkeypatch, policy, rm, ranks, offload):
+    """Peaks in GB as bench.py memory measures them, and what save.py says to the same run before its first step."""
+    import bench
+    go_through_phases, needed = bench.go_through_phases, {}
+
+    def go(run, gpu, prompts):
+        go_through_phases(run, gpu, prompts)
+        for optimizer in run.optimizers.values():
+            optimizer.adamw.state.clear()  # as before the first step
+        tokens = run.cfg.batch // ranks * run.cfg.group * (192 + run.cfg.max_new_tokens)
+        needed.update({phase: need / 1e9 for phase, need in save.memory_needed(run, tokens).items()})
+    monkeypatch.setattr(bench, "go_through_phases", go)
+    peaks = bench.full_size_peaks(policy, rm, ranks, offload)
+    assert [*needed] == ["always", "rollout", "rm_update", "policy_update"]
+    assert needed["always"] == pytest.approx(peaks["always"], rel=1e-3)
+    return [(phase, peaks[phase], need) for phase, need in needed.items()]
+
+@pytest.mark.skipif(transformers.__version__ < "5.23", reason="the cache of transformers before 5.23 copies more")
+@pytest.mark.parametrize("ranks, offload", [(1, False), (8, True)])
+def test_the_need_of_small_models_is_not_overstated(monkeypatch, ranks, offload):
+    """Of 16 layers; the fewer there are, the more weighs the one under way."""
+    import bench
+    shape = bench.llm(16, 512, 4, 1024, 4096, True) | {"num_key_value_heads": 2}
+    for phase, peak, need in measured_and_needed(monkeypatch, shape, shape, ranks, offload):
+        assert 0.75 * peak < need < 1.001 * peak, phase
+
+@pytest.mark.slow
+@pytest.mark.skipif(transformers.__version__ < "5.23", reason="the cache of transformers before 5.23 copies more")
+@pytest.mark.parametrize("models, ranks, offload", [
+    ("4B + 3B", 1, False), ("4B + 3B", 2, False), ("4B + 3B", 4, False), ("4B + 3B", 4, True), ("4B + 3B", 8, False),
+    ("8B + 8B", 4, False), ("8B + 8B", 8, True)])
+def test_the_need_of_large_models_is_that_of_the_table(monkeypatch, models, ranks, offload):
+    import bench
+    for phase, peak, need in measured_and_needed(monkeypatch, *bench.MODELS[models], ranks, offload):
+        assert 0.95 * peak < need < 1.001 * peak, phase
+
+@pytest.fixture
+def needed(monkeypatch):
+    """What save.memory_needed said last, as if the models were 100,000 times as large."""
+    said, memory_needed = {}, save.memory_needed
+
+    def scaled(*inputs):
+        said.clear()
+        said.update({phase: 1e5 * need for phase, need in memory_needed(*inputs).items()})
+        return said
+    monkeypatch.setattr(save, "memory_needed", scaled)
+    return said
+
+def refused(words, capsys, size):
+    """What a run says that is refused on a GPU of `size` bytes."""
+    capsys.readouterr()
+    with Pretence(size=size), pytest.raises(SystemExit) as stop:
+        save.main(words)
+    [line] = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    return line
+
+@pytest.mark.parametrize("phase, flags, others, helps", [
+    ("always", {}, "rollout rm_update policy_update", "--offload, more GPUs, smaller models"),
+    ("always", {"offload": True}, "rollout rm_update policy_update", "smaller models"),
+    ("always", {"stage": "value"}, "rollout", "smaller models"),
+    ("rollout", {}, "always rm_update policy_update", "--offload, more GPUs, lower --cache_tokens"),
+    ("rollout", {"offload": True}, "always rm_update policy_update", "lower --cache_tokens"),
+    ("rollout", {"stage": "value", "value_k": 8}, "always", "lower --cache_tokens"),
+    ("rm_update", {"stage": "preference"}, "always", "--offload, more GPUs, lower --micro_tokens"),
+    ("rm_update", {"cache_tokens": 1}, "always rollout policy_update", "--offload, more GPUs, lower --micro_tokens"),
+    ("policy_update", {"cache_tokens": 1, "rm_update": "none", "offload": True}, "always rollout",
+     "lower --micro_tokens")])
+def test_what_cannot_fit_is_refused_in_one_line(world, tmp_path, capsys, needed, phase, flags, others, helps):
+    words = argv(world, tmp_path / "out", **{**flags, "steps": 1})
+    assert "1 ranks, always: needs " in refused(words, capsys, -1)
+    assert {*needed} == {phase, *others.split()}
+    need, there = needed[phase], needed[phase] - 2e8
+    figures = f"needs {need / 1e9:.1f} GB on each GPU, {there / 1e9:.1f} GB are free"
+    assert refused(words, capsys, there) == f"save.py: error: 1 ranks, {phase}: {figures}: {helps}"
+    assert not (tmp_path / "out").exists()
+
+@pytest.mark.parametrize("stage", ["preference", "value"])
+def test_what_fits_exactly_is_not_refused(world, tmp_path, capsys, needed, stage):
+    words = argv(world, tmp_path / "out", stage=stage, steps=1)
+    refused(words, capsys, -1)
+    refused(words, capsys, max(needed.values()) - 1)
+    with Pretence(size=max(needed.values())):
+        save.main(words)
+    assert (tmp_path / "out/rm").exists()
+
+@pytest.mark.parametrize("flags, rows", [
+    ({"stage": "preference", "batch": 8}, lambda prompt, pair: 8 * 2 * pair),
+    ({"stage": "value"}, lambda prompt, pair: 4 * SMALL["value_k"] * (prompt + 8)),
+    ({}, lambda prompt, pair: 4 * SMALL["group"] * (prompt + 8))])
+def test_the_need_is_that_of_the_rows_of_a_rank(world, tmp_path, monkeypatch, flags, rows):
+    """A mean prompt and longest responses; two ranks have half of the rows each."""
+    cfg, words = save.parse_config(argv(world, "")), save.load_tokenizer(world / "rm", "rm")
+    prompts = [len(ids) for _, ids in save.read_prompts(cfg, save.load_tokenizer(world / "policy"))]
+    chosen = [len(ids) for (ids, _), _ in save.read_pairs(cfg, cfg.pairs, "pairs", words)]
+    want, asked = rows(sum(prompts) / len(prompts), sum(chosen) / len(chosen)), []
+
+    def check_memory(run, tokens):
+        asked.append(tokens)
+        save.fail("enough")
+    monkeypatch.setattr(save, "check_memory", check_memory)
+    for ranks in (1, 2):
+        monkeypatch.setattr(save, "WORLD", ranks)
+        monkeypatch.setattr(save, "together", lambda work, **_: work())
+        monkeypatch.setattr(save, "start_ranks", lambda device: None)
+        with Pretence(), pytest.raises(SystemExit):
+            save.main(argv(world, tmp_path / "out", **flags))
+    assert asked == [pytest.approx(want), pytest.approx(want / 2)]
+
+@pytest.mark.parametrize("kind, config", [
+    (transformers.LlamaForCausalLM, transformers.LlamaConfig()),
+    (transformers.MistralForCausalLM, transformers.MistralConfig(sliding_window=8)),
+    (transformers.GPT2LMHeadModel, transformers.GPT2Config())])
+def test_what_is_not_known_of_a_model_counts_nothing(kind, config):
+    """Layers that keep a window only, and parts of other names: no run is refused for what it may not need."""
+    policy = torch.nn.Module()
+    with torch.device("meta"):
+        policy.model, master = kind(config).bfloat16(), torch.empty(10 ** 12)
+    run = types.SimpleNamespace(cfg=save.Config(offload=True, micro_tokens=100, cache_tokens=0), policy=policy,
+                                optimizers={"policy": types.SimpleNamespace(masters={"": master})})
+    needed, llama = save.memory_needed(run, 1000), kind is transformers.LlamaForCausalLM
+    gradients, (layers, hidden) = 2 * policy.model.num_parameters(), (config.num_hidden_layers, config.hidden_size)
+    graph = 0 if kind is transformers.GPT2LMHeadModel else 100 * 2 * layers * hidden * 2
+    assert needed["policy_update"] - needed["always"] == gradients + graph
+    cache = needed.get("rollout", needed["always"]) - needed["always"]
+    assert cache == (1000 * 2 * layers * hidden * 2 if llama else 0)  # keys and values, no fewer heads of them
+    assert ("rollout" in needed) == (kind is not transformers.MistralForCausalLM)
+    run.cfg.offload = False  # now there are moments, and in the step fp32 gradients instead of activations
+    more = save.memory_needed(run, 1000)
+    assert more["always"] - needed["always"] == 8e12 and more["policy_update"] - more["always"] == gradients + 4e12
+
+def rank_beside_a_small_gpu(rank, port, world, out):
+    """Rank 1's GPU holds nothing."""
+    as_rank(rank, port)
+    sys.stderr = open(out / str(rank), "w")
+    with Pretence(size=0 if rank else float("inf")):
+        save.main(argv(world, out / "out"))
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a real GPU autograd has threads, which do not fork")
+def test_what_one_gpu_cannot_hold_all_ranks_refuse(world, tmp_path):
+    assert two_ranks(rank_beside_a_small_gpu, world, tmp_path) == [2, 2]
+    [line] = (tmp_path / "0").read_text().splitlines()
+    assert line.startswith("save.py: error: 2 ranks, always: needs 0.0 GB on each GPU, 0.0 GB are free: --offload, ")
+    assert not (tmp_path / "1").read_text() and not (tmp_path / "out").exists()
