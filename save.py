@@ -116,7 +116,8 @@ class Config:
         for name, value in vars(self).items():
             if type(value) in (int, float):
                 least = "more than 0" if name in above_0 else "0 or more"
-                expect(0 <= value < math.inf and (value or name not in above_0), f"--{name} {value}: expected {least}")
+                fine = 0 <= value < math.inf and (value or name not in above_0)
+                expect(fine, f"--{name} {value}: expected {least}")
         for name in ("m0", "top_p"):
             expect(getattr(self, name) <= 1, f"--{name} {getattr(self, name)}: expected at most 1")
         ranks = WORLD * self.num_minibatches
@@ -186,6 +187,13 @@ def contrastive_loss(rewards, values, positive, negative, usable=None):
     loss = up - masked_mean(rewards, positive, 1) + down - anchor
     return masked_mean(loss, positive.any(1) & negative.any(1))
 
+def centred_loss(rewards, values, positive, negative, usable):
+    """Ours: contrastive_loss without its common push, so that dL/dR sums to 0 in each group.
+    With Z the sum of e^(R-V) over a side, that push is Z-/(1 + Z-) - 1/(1 + Z+): mostly down."""
+    rewards = at_least_fp32(rewards)
+    mean = masked_mean(rewards, usable, 1)[:, None]
+    return contrastive_loss(rewards - mean + mean.detach(), values, positive, negative)
+
 def value_loss(values, rewards, usable=None):
     """Eq. 12 and 21: mean of (V - mean_G R)^2 over prompts with usable rows. values (P,), rewards (P,G)."""
     usable = torch.ones_like(rewards, dtype=torch.bool) if usable is None else usable
@@ -200,6 +208,7 @@ class RMUpdate(NamedTuple):
 RM_UPDATES = {
     "save": RMUpdate(contrastive_loss, "value head"),
     "mean_reward": RMUpdate(contrastive_loss, "group mean"),  # a baseline of Table 1
+    "centred": RMUpdate(centred_loss, "value head"),
     "none": RMUpdate(None, ""),                               # plain RL
 }
 
@@ -257,7 +266,8 @@ class RewardModel(nn.Module):
     """f_omega `model.base_model`, h_phi `model.score`, v_psi `value_head`; fp32 heads: bf16 would make ties."""
     def __init__(self, model, tokenizer, value_head=None):
         super().__init__()
-        self.model, self.tokenizer, self.has_value_head = checked_model(model, tokenizer), tokenizer, bool(value_head)
+        self.model, self.tokenizer = checked_model(model, tokenizer), tokenizer
+        self.has_value_head = bool(value_head)
         self.model.score.float()
         [(ids, start)] = encode_responses(tokenizer, [{"role": "user", "content": "a"}], ["b"])
         expect(len(ids) > start, "its chat template leaves out the response")
@@ -281,7 +291,8 @@ class RewardModel(nn.Module):
                 noise = torch.randn(model.score.weight.shape, generator=numbers)
                 model.score.weight.data = noise / (model.score.in_features + 1) ** 0.5
             head = Path(path, "value_head.safetensors")
-            return cls(model, load_tokenizer(path, "rm"), safetensors.torch.load_file(head) if head.is_file() else None)
+            weights = safetensors.torch.load_file(head) if head.is_file() else None
+            return cls(model, load_tokenizer(path, "rm"), weights)
 
     def features(self, input_ids, lengths, prompt_lengths):
         """Hidden states (N,H), fp32: at the last token for R, at the end of the prompt for V."""
@@ -635,7 +646,6 @@ def learn(run, batch):
         log.put(value_loss=value_step(run, batch.rewards, batch.features, batch.usable))
     positive, negative, _ = filtered(run, batch)  # 3: the policy, with truncated responses
     policy_step(run, batch, positive | negative)
-    log.put(health=health(run))
 
 # ---- 7. stages --------------------------------------------------------------
 def preference_step(run, pairs):
@@ -676,21 +686,23 @@ def value_stage(run, prompts):
     run.log.write(0, "value")
 
 def diagnose(run, rewards, features, usable):
-    """Whether SAVE suits this RM and policy, on prompts that V was not fitted to: R2 of V, and at the first
-    threshold the share kept and the common push, the sum of a group's dL/dR: above 0, L_R lowers its mean."""
-    cfg, row, values = run.cfg, RM_UPDATES[run.cfg.rm_update], run.rm.value(features).detach()
-    targets, fitted, leaf = masked_mean(rewards, usable, 1), usable.any(1), rewards.clone().requires_grad_()
+    """Whether SAVE suits the models, on prompts that V was not fitted to: R2 of V, and at the first threshold
+    what is kept and the common push, a group's sum of dL/dR: above 0, L_R lowers its rewards."""
+    row, log = RM_UPDATES[run.cfg.rm_update], run.log
+    values = run.rm.value(features).detach()
+    targets, fitted = masked_mean(rewards, usable, 1), usable.any(1)
     error = value_loss(values, rewards, usable)
     variance = masked_mean((targets - masked_mean(targets, fitted)) ** 2, fitted)
-    threshold = curriculum_threshold(1, cfg.steps, cfg.m0)
-    positive, negative, _ = partition(rm_advantages(rewards, values), threshold, usable)
-    run.log.put(value_loss=error, value_target_variance=variance, reward_spread=rewards.std(1).mean(),
-                kept=(positive | negative).float().mean())
+    log.put(value_loss=error, value_target_variance=variance)
     if variance > 0:
-        run.log.put(value_r2=1 - error / variance)
+        log.put(value_r2=1 - error / variance)
+    threshold = curriculum_threshold(1, run.cfg.steps, run.cfg.m0)
+    positive, negative, _ = partition(rm_advantages(rewards, values), threshold, usable)
+    log.put(reward_spread=rewards.std(1).mean(), kept=(positive | negative).float().mean())
     if row.loss and row.anchor:
-        loss = row.loss(leaf, values, positive, negative, usable)
-        run.log.put(common_push=torch.autograd.grad(loss, leaf)[0].sum())
+        rewards = rewards.clone().requires_grad_()
+        loss = row.loss(rewards, values, positive, negative, usable)
+        log.put(common_push=torch.autograd.grad(loss, rewards)[0].sum())
 
 def each_step(run, heldout, stage, saved):
     """Yield at each step; around them resume, evaluate, log and save."""
@@ -960,7 +972,8 @@ def read_pairs(cfg, source, flag, tokenizer):
             there = isinstance(row, dict) and {"chosen", "rejected"} <= {*row}
             expect(there, f"expected columns prompt, chosen, rejected, got {', '.join(row)}")
             chosen, rejected = (as_messages(row.get(side), side) for side in ("chosen", "rejected"))
-            whole = [chat for side, chat in (("chosen", chosen), ("rejected", rejected)) if isinstance(row[side], list)]
+            sides = ("chosen", chosen), ("rejected", rejected)
+            whole = [chat for side, chat in sides if isinstance(row[side], list)]
             expect(all(chat[-1]["role"] == "assistant" and chat[:-1] == whole[0][:-1] for chat in whole),
                    "expected chosen and rejected to be answers to the same chat")
             prompt = as_messages(row.get("prompt") or whole and whole[0][:-1], "prompt")
@@ -1121,8 +1134,6 @@ class Log:
             shown = ("rm_loss", "rm_accuracy", "reward", "reward_spread", "kept", "valid", "value_bias", "kl",
                      "deflation", "common_push", "value_loss", "value_target_variance", "value_r2", "step_seconds")
             say(stage, step, *(f" {name} {record[name]:.4g}" for name in shown if name in record))
-            for text in record.get("health", ()):
-                say(f"  health: {text}")
 
 def record(run, batch, positive, negative, valid):
     """What the filter did and whether V is any good; rank 0's responses go to samples.jsonl."""
@@ -1142,19 +1153,6 @@ def record(run, batch, positive, negative, valid):
         {"step": batch.step, "prompt": prompt, "response": text, "reward": reward, "truncated": truncated,
          "value": value, "side": ("", "+", "-")[side], "kept": side != 0}
         for prompt, text, reward, truncated, value, side in rows))
-
-def health(run):
-    """In which way this step did nothing, or the run drifts."""
-    now = run.log.record
-    checks = {
-        "nothing is kept: lower --m0": now["kept"] == 0,
-        "no prompt has both signs: raise --group": now["kept"] > 0 == now["valid"],
-        "V is off by more than the spread: raise --lr_value": abs(now.get("value_bias", 0)) > now["reward_spread"] > 0,
-        "more than half of the responses are truncated: raise --max_new_tokens": now["truncated"] > 0.5,
-        "the rewards of each group are equal: raise --temperature": now["reward_spread"] == 0,
-        "the reward model did not change: raise --lr_rm": now.get("reward_shift") == 0,
-        "the spread of rewards has halved: lower --lr_rm": now.get("deflation", 1) < 0.5}
-    return [text for text, found in checks.items() if found]
 
 # ---- 12. main ---------------------------------------------------------------
 def first_line(error):
@@ -1200,32 +1198,29 @@ def main(argv=None, kind=Config):
 
 def memory_needed(run, tokens):
     """{phase: peak bytes of this GPU}, rather too few: what fits must run. `tokens` of a rank's step."""
-    cfg, policy = run.cfg, run.policy
-    always, more = torch.cuda.memory_allocated(), {}
-    if policy and not getattr(policy.model.config, "sliding_window", None):
-        named = policy.named_parameters()
+    cfg, always, more = run.cfg, torch.cuda.memory_allocated(), {}
+    if run.policy and not getattr(run.policy.model.config, "sliding_window", None):
+        named = run.policy.named_parameters()
         kept = sum(len(p) * p.itemsize for name, p in named if re.search("[kv]_proj.weight", name))
         more["rollout"] = kept * min(cfg.cache_tokens or tokens, tokens)
     for name, optimizer in run.optimizers.items():
-        parts = dict(getattr(run, name).model.named_parameters())
+        sizes = {key: p.nbytes for key, p in getattr(run, name).model.named_parameters()}
         masters = sum(p.nbytes for p in optimizer.masters.values() if not cfg.offload)
         always += 2 * masters  # moments
         # each layer's input, and about as much inside one
-        width = sum(p.nbytes for key, p in parts.items() if "input_layernorm.weight" in key)
-        graph = 2 * width * min(cfg.micro_tokens, tokens)
-        more[f"{name}_update"] = sum(p.nbytes for p in parts.values()) + max(masters, graph)
+        width = 2 * sum(size for key, size in sizes.items() if "input_layernorm.weight" in key)
+        more[f"{name}_update"] = sum(sizes.values()) + max(masters, width * min(cfg.micro_tokens, tokens))
     return {"always": always, **{phase: always + x for phase, x in more.items()}}
 
 def check_memory(run, tokens):
     """Refuse what a GPU cannot hold."""
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    advice = {"always": "smaller models", "rollout": "lower --cache_tokens"}
+    fewer = "" if run.cfg.offload or not run.optimizers else "--offload, more GPUs, "
     for phase, need in memory_needed(run, tokens).items():
-        flags = {"always": "smaller models", "rollout": "lower --cache_tokens"}
-        flags = flags.get(phase, "lower --micro_tokens")
-        if run.optimizers and not run.cfg.offload:
-            flags = f"--offload, more GPUs, {flags}"
-        expect(need <= free, f"{WORLD} ranks, {phase}: needs {need / 1e9:.1f} GB on each GPU, "
-               f"{free / 1e9:.1f} GB are free: {flags}")
+        flags = fewer + advice.get(phase, "lower --micro_tokens")
+        there = f"{need / 1e9:.1f} GB on each GPU, {free / 1e9:.1f} GB are free"
+        expect(need <= free, f"{WORLD} ranks, {phase}: needs {there}: {flags}")
 
 def train(cfg):
     """Read all input before writing any output, then run the stages asked for."""
@@ -1261,11 +1256,12 @@ def train(cfg):
         fits = cfg.max_prompt_tokens + cfg.max_new_tokens <= limit
         expect(fits, f"--max_prompt_tokens and --max_new_tokens: expected at most {limit} together")
         if saving:
-            run.optimizers["policy"] = ShardedAdamW(run.policy.model, cfg.lr_policy, cfg, keep_initial=cfg.kl_coef > 0)
+            reference = cfg.kl_coef > 0
+            run.optimizers["policy"] = ShardedAdamW(run.policy.model, cfg.lr_policy, cfg, keep_initial=reference)
         to_working_copy(run.policy, cfg).check_logits(cfg.policy)
-    group = {"preference": 2, "value": cfg.value_k}.get(cfg.stage, cfg.group)
-    each = sum(len(a[0]) if preference else len(b) + cfg.max_new_tokens for a, b in rows) / len(rows)
     if cfg.device != "cpu":
+        group = {"preference": 2, "value": cfg.value_k}.get(cfg.stage, cfg.group)
+        each = sum(len(a[0]) if preference else len(b) + cfg.max_new_tokens for a, b in rows) / len(rows)
         together(lambda: check_memory(run, cfg.batch // WORLD * group * each))
     run.log = together(lambda: Log(cfg, saved))
     if preference:

@@ -78,7 +78,7 @@ def run(args, side, name):
 
 def records(folder, file):
     """Rows of a .jsonl file, if there is one, without the configuration, warnings and what measures the machine."""
-    left_out = ("_seconds", "_gb", "tokens_per_second", "health")
+    left_out = ("_seconds", "_gb", "tokens_per_second")
     return [{name: x for name, x in row.items() if not name.endswith(left_out)}
             for path in folder.glob(file) for row in map(json.loads, path.open()) if "step" in row]
 

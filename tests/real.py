@@ -1,4 +1,4 @@
-"""SAVE, HL-BT and Mean Reward on a real model and real preferences, judged on real benchmarks with paired intervals.
+"""SAVE and its rivals on a real model and real preferences, judged on real benchmarks with paired intervals.
 
     python tests/real.py --model DIR --data DIR --out runs/real            # one GPU: all pairs, 100 steps, G = 16
     OMP_NUM_THREADS=1 python tests/real.py --model DIR --data DIR --out runs/real --quick --jobs 2   # two CPU cores
@@ -6,7 +6,8 @@
 --model: a small chat model (a causal LM), policy and start of the reward model. --data: a folder with
 preferences/preferences_{train,heldout}.jsonl.gz (prompt, chosen, rejected) and the files of `eval.py --data`.
 The reward model is trained on the pairs (or given: --rm), then its value head, then each method starts from both.
-A stage whose folder is there is not run again.
+--head 3 multiplies the trained head, and so the spread of rewards within a group; it belongs to an --out of its own. The
+first row of the result is the frozen RM. A stage whose folder is there is not run again.
 """
 import argparse
 import concurrent.futures
@@ -17,11 +18,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = {"save": ["save.py"], "hl_bt": ["tests/forks/hl_bt.py"],
-           "mean_reward": ["save.py", "--rm_update", "mean_reward"]}
+METHODS = {"save": ["save.py"], "centred": ["save.py", "--rm_update", "centred"], "balanced": ["tests/forks/balanced.py"],
+           "hl_bt": ["tests/forks/hl_bt.py"], "mean_reward": ["save.py", "--rm_update", "mean_reward"]}
 FULL = {
     "tokens": 1024, "prompt": 512, "pairs": 10 ** 6, "suffix": "", "bench": ["judgebench", "rmbench"],
     "preference": "--batch 32 --lr_rm 2e-5 --lr_schedule linear --max_prompt_tokens 512",
@@ -63,6 +64,15 @@ def asked(args, size, train):
     return path
 
 
+def scaled(rm, path, factor):
+    """A copy of a reward model folder whose rewards are `factor` times as large: the same ranking, another spread."""
+    model = AutoModelForSequenceClassification.from_pretrained(rm)
+    model.score.weight.data *= factor
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(rm).save_pretrained(path)
+    return path
+
+
 def main(argv=None):
     """Preference stage, value stage, the methods, eval.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,6 +80,7 @@ def main(argv=None):
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", default="runs/real")
     parser.add_argument("--rm", help="a reward model folder instead of the preference stage")
+    parser.add_argument("--head", type=float, default=1.0, help="factor of the reward head")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--jobs", type=int, default=1, help="methods trained side by side")
     args, flags = parser.parse_known_args(argv)  # the rest goes to save.py's joint training
@@ -80,6 +91,8 @@ def main(argv=None):
     if not Path(rm).is_dir():
         call("save.py", "--stage", "preference", "--rm", args.model, "--pairs", train, "--heldout", heldout, "--out",
              out / "preference", *size["preference"].split())
+    if args.head != 1:
+        rm = scaled(rm, out / "scaled", args.head)
     prompts = asked(args, size, train)
     common = ["--policy", args.model, "--prompts", prompts, "--max_prompt_tokens", size["prompt"], "--save_every", "0",
               *size["save"].split(), *flags]

@@ -26,7 +26,6 @@ import toy
 FOLDER = Path(__file__).resolve().parent / "forks"
 sys.path.insert(0, str(FOLDER))
 import balanced  # noqa: E402
-import centred  # noqa: E402
 import ensemble  # noqa: E402
 import hl_bt  # noqa: E402
 import offline  # noqa: E402
@@ -35,7 +34,7 @@ import r2m  # noqa: E402
 import reinforce_pp  # noqa: E402
 import verifier  # noqa: E402
 
-FORKS = [balanced, centred, ensemble, hl_bt, offline, prime, r2m, reinforce_pp, verifier]
+FORKS = [balanced, ensemble, hl_bt, offline, prime, r2m, reinforce_pp, verifier]
 
 # ---------------------------------------------------------------- all of them
 @pytest.mark.parametrize("fork", FORKS, ids=lambda fork: fork.__name__)
@@ -89,19 +88,6 @@ def test_hl_bt_trains_on_all_usable_groups_and_filters_nothing(tmp_path):
     assert positive.all() and valid.all() and not negative.any()
     assert save.reward_model_step(run, batch, positive, negative)
     same(run.optimizers["rm"].seen[0][1], want, 1e-5)
-
-# ---------------------------------------------------------------- the centred loss
-def test_the_centred_loss_has_the_published_value_and_no_common_push():
-    """Its dL/dR sums to 0 in each group; the published one's to -1/(1+Z+) + Z-/(1+Z-), 0 for two rows as far from V."""
-    rewards, values = f64([[2.0, 4.0, 0.0, -1.0], [1.5, -0.5, 9.0, 9.0]]), f64([1.0, 0.5])
-    positive, negative, usable = bits("1100", "1000"), bits("0011", "0100"), bits("1111", "1100")
-    published, push = learn(lambda r: save.contrastive_loss(r, values, positive, negative), rewards)
-    loss, slope = learn(lambda r: centred.centred_loss(r, values, positive, negative, usable), rewards)
-    near(loss, published)
-    near(slope.sum(1), [0, 0])
-    up, down = (sum(math.exp(r - 1) for r in side) for side in ((2, 4), (0, -1)))
-    near(push.sum(1) * 2, [-1 / (1 + up) + down / (1 + down), 0])
-    near(slope - push, [[-push[0].sum() / 4] * 4, [0] * 4])  # only the common part is gone
 
 # ---------------------------------------------------------------- the balanced loss
 def test_balanced_loss_by_hand():

@@ -16,6 +16,7 @@ import torch
 import save
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "forks"))
+import balanced  # noqa: E402
 import hl_bt  # noqa: E402
 
 
@@ -29,8 +30,9 @@ class InThisThread(contextlib.nullcontext):
 
 
 @pytest.mark.parametrize("given_rm", [True, False])
-def test_real_trains_the_three_methods_from_one_reward_model_and_judges_all(world, tmp_path, monkeypatch, given_rm):
-    scripts = {"save.py": save.main, "eval.py": evaluation.main, "tests/forks/hl_bt.py": hl_bt.main}
+def test_real_trains_every_method_from_one_reward_model_and_judges_all(world, tmp_path, monkeypatch, given_rm):
+    scripts = {"save.py": save.main, "eval.py": evaluation.main, **{
+        f"tests/forks/{fork.__name__}.py": fork.main for fork in (balanced, hl_bt)}}
     monkeypatch.setattr(real, "call", lambda script, *words: scripts[script]([str(word) for word in words]))
     monkeypatch.setattr(real.concurrent.futures, "ThreadPoolExecutor", InThisThread)
     small = {"tokens": 64, "prompt": 8, "pairs": 16, "bench": [], "suffix": " x",
@@ -49,7 +51,7 @@ def test_real_trains_the_three_methods_from_one_reward_model_and_judges_all(worl
 
     results = json.loads((out / "eval" / "results.json").read_text())
     folders = [str(out / name / "rm") for name in ("value", *real.METHODS)]
-    assert [results[rm][str(out / "heldout.jsonl")]["rows"] for rm in folders] == [20] * 4
+    assert [results[rm][str(out / "heldout.jsonl")]["rows"] for rm in folders] == [20] * 6
     for method in real.METHODS:
         config = json.loads((out / method / "metrics.jsonl").read_text().splitlines()[0])["config"]
         assert config["rm_update"] == method and config["rm"] == folders[0]
@@ -103,3 +105,10 @@ def test_both_forms_of_the_memory_benchmark_give_the_same_gradient(world, capsys
         bench.rm_memory_variant(bench.argparse.Namespace(rm=str(world / "rm"), layers=2, variant=variant))
         norms.append(json.loads(capsys.readouterr().out)["norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 0
+
+
+def test_a_larger_head_ranks_the_same(world, tmp_path):
+    chats = [([0, 5, 6, 7, 8, 9][:n], 2) for n in (4, 5, 6)]
+    before, after = (save.score(save.RewardModel.from_pretrained(str(path)), chats, 64)[0] for path in (
+        world / "rm", real.scaled(world / "rm", tmp_path / "rm", 3.0)))
+    assert after.tolist() == pytest.approx([3 * x for x in before.tolist()], rel=1e-5)

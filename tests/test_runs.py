@@ -148,7 +148,6 @@ def test_two_ranks_are_one_process(world, alone, request, name, how):
     one, two = metrics(a), metrics(b)
     assert one.keys() == two.keys() and rows_of(b / "metrics.jsonl")[0]["world"] == 2
     for key in one:  # every number is that of all ranks
-        assert one[key].pop("health", 0) == two[key].pop("health", 0)
         assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), key
     if name != "preference":  # samples.jsonl holds rank 0's prompts
         assert samples(a).keys() == samples(b).keys()
@@ -188,7 +187,7 @@ def test_metrics_begin_with_what_made_the_run_and_have_one_record_a_step(alone):
     assert records[1]["accuracy_heldout_id"] and records[7]["accuracy_heldout_id"]
     for step, row in enumerate(records[2:], 1):
         assert {"reward", "reward_spread", "valid", "truncated", "kl", "value_bias", "survivors", "clipped", "rm_loss",
-                "policy_grad_norm", "health"} <= set(row)
+                "policy_grad_norm"} <= set(row)
         phases = [row[f"{phase}_seconds"] for phase in ("rollout", "score", "log_probs", "policy_update")]
         phases += [row["rm_update_seconds"]] if row["valid"] else []
         assert min(phases) > 0 and sum(phases) <= row["step_seconds"]
@@ -230,7 +229,7 @@ def test_the_preference_stage_learns_the_pairs(world, tmp_path, start):
 @pytest.fixture(scope="module")
 def anchored(world, tmp_path_factory):
     """A folder like `world` whose RM has a value head, by stage value."""
-    out = run(world, tmp_path_factory.mktemp("anchored") / "world", stage="value", dtype="bfloat16", value_prompts=40)
+    out = run(world, tmp_path_factory.mktemp("anchored") / "world", stage="value", dtype="bfloat16", value_prompts=20)
     shutil.copytree(world / "policy", out / "policy")
     shutil.copy(world / "prompts.jsonl", out)
     return out
@@ -300,13 +299,6 @@ def test_bfloat16_trains_fp32_masters(anchored, tmp_path):
         assert after[name].dtype is torch.float32 and 0 < (x - after[name]).abs().max() < 1e-6
         assert (x.bfloat16() == after[name].bfloat16()).float().mean() > 0.9  # training in bf16 would lose these
     assert {x.dtype for x in load_file(out / POLICY).values()} == {torch.bfloat16}
-
-def test_health_says_what_does_nothing(anchored, plain, tmp_path, capsys):
-    out = run(anchored, tmp_path / "out", lr_rm=0, max_new_tokens=6, steps=3)
-    printed, health = capsys.readouterr().out, [str(metrics(out)["save", step]["health"]) for step in (1, 2, 3)]
-    for text in ("responses are truncated: raise --max_new_tokens", "the reward model did not change: raise --lr_rm"):
-        assert printed.count(text) == (text in health[0]) + (text in health[2]) > 0  # the first and the last step
-    assert "did not change" not in str(metrics(plain))
 
 # ---------------------------------------------------------------- bad input
 TWO_LABELS = json.dumps({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama", "hidden_size": 8,

@@ -118,7 +118,6 @@ def learn(run, batch):
         prm_step(run, batch, reference, labels, keep)
         with mock.patch.object(save, "policy_advantages", lambda *_: advantages):  # a number for each token
             save.policy_step(run, batch, keep)
-    run.log.put(health=save.health(run))
 
 # ---- the run --------------------------------------------------------------------------------------------------------
 def read_pairs(cfg, source, flag, rm_tokenizer):
