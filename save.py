@@ -189,7 +189,7 @@ def contrastive_loss(rewards, values, positive, negative, usable=None):
 
 def centred_loss(rewards, values, positive, negative, usable):
     """Ours: contrastive_loss without its common push, so that dL/dR sums to 0 in each group.
-    With Z the sum of e^(R-V) over a side, that push is Z-/(1 + Z-) - 1/(1 + Z+): mostly down."""
+    With Z the sum of e^(R-V) over a side it is Z-/(1 + Z-) - 1/(1 + Z+): mostly down."""
     rewards = at_least_fp32(rewards)
     mean = masked_mean(rewards, usable, 1)[:, None]
     return contrastive_loss(rewards - mean + mean.detach(), values, positive, negative)
@@ -686,10 +686,9 @@ def value_stage(run, prompts):
     run.log.write(0, "value")
 
 def diagnose(run, rewards, features, usable):
-    """Whether SAVE suits the models, on prompts that V was not fitted to: R2 of V, and at the first threshold
-    what is kept and the common push, a group's sum of dL/dR: above 0, L_R lowers its rewards."""
-    row, log = RM_UPDATES[run.cfg.rm_update], run.log
-    values = run.rm.value(features).detach()
+    """Whether SAVE suits the models, from prompts that V was not fitted to: R2 of V, and at the first threshold
+    what is kept and the common push, the sum of a group's dL/dR (above 0: down)."""
+    values, log = run.rm.value(features).detach(), run.log
     targets, fitted = masked_mean(rewards, usable, 1), usable.any(1)
     error = value_loss(values, rewards, usable)
     variance = masked_mean((targets - masked_mean(targets, fitted)) ** 2, fitted)
@@ -699,10 +698,9 @@ def diagnose(run, rewards, features, usable):
     threshold = curriculum_threshold(1, run.cfg.steps, run.cfg.m0)
     positive, negative, _ = partition(rm_advantages(rewards, values), threshold, usable)
     log.put(reward_spread=rewards.std(1).mean(), kept=(positive | negative).float().mean())
-    if row.loss and row.anchor:
-        rewards = rewards.clone().requires_grad_()
-        loss = row.loss(rewards, values, positive, negative, usable)
-        log.put(common_push=torch.autograd.grad(loss, rewards)[0].sum())
+    rewards = rewards.clone().requires_grad_()
+    loss = contrastive_loss(rewards, values, positive, negative)
+    log.put(common_push=torch.autograd.grad(loss, rewards)[0].sum())
 
 def each_step(run, heldout, stage, saved):
     """Yield at each step; around them resume, evaluate, log and save."""
@@ -1197,7 +1195,7 @@ def main(argv=None, kind=Config):
             signal.signal(number, handler)
 
 def memory_needed(run, tokens):
-    """{phase: peak bytes of this GPU}, rather too few: what fits must run. `tokens` of a rank's step."""
+    """{phase: peak bytes of this GPU}, rather too few: what fits must run. `tokens`: of a rank."""
     cfg, always, more = run.cfg, torch.cuda.memory_allocated(), {}
     if run.policy and not getattr(run.policy.model.config, "sliding_window", None):
         named = run.policy.named_parameters()
@@ -1207,7 +1205,7 @@ def memory_needed(run, tokens):
         sizes = {key: p.nbytes for key, p in getattr(run, name).model.named_parameters()}
         masters = sum(p.nbytes for p in optimizer.masters.values() if not cfg.offload)
         always += 2 * masters  # moments
-        # each layer's input, and about as much inside one
+        # each layer's input, as much inside one
         width = 2 * sum(size for key, size in sizes.items() if "input_layernorm.weight" in key)
         more[f"{name}_update"] = sum(sizes.values()) + max(masters, width * min(cfg.micro_tokens, tokens))
     return {"always": always, **{phase: always + x for phase, x in more.items()}}

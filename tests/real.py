@@ -6,7 +6,7 @@
 --model: a small chat model (a causal LM), policy and start of the reward model. --data: a folder with
 preferences/preferences_{train,heldout}.jsonl.gz (prompt, chosen, rejected) and the files of `eval.py --data`.
 The reward model is trained on the pairs (or given: --rm), then its value head, then each method starts from both.
---head 3 multiplies the trained head, and so the spread of rewards within a group; it belongs to an --out of its own. The
+--head 3 multiplies the trained head, and so the spread of rewards within a group; give it an --out of its own. The
 first row of the result is the frozen RM. A stage whose folder is there is not run again.
 """
 import argparse
@@ -21,7 +21,8 @@ from pathlib import Path
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = {"save": ["save.py"], "centred": ["save.py", "--rm_update", "centred"], "balanced": ["tests/forks/balanced.py"],
+METHODS = {"save": ["save.py"], "centred": ["save.py", "--rm_update", "centred"],
+           "balanced": ["tests/forks/balanced.py"],
            "hl_bt": ["tests/forks/hl_bt.py"], "mean_reward": ["save.py", "--rm_update", "mean_reward"]}
 FULL = {
     "tokens": 1024, "prompt": 512, "pairs": 10 ** 6, "suffix": "", "bench": ["judgebench", "rmbench"],

@@ -240,23 +240,23 @@ def rigged(monkeypatch, respond):
         return [tokens for tokens, _ in rows], [ended for _, ended in rows]
     monkeypatch.setattr(save, "rollout", rollout)
 
-@pytest.mark.parametrize("algo, respond, said", [
-    ("grpo", lambda i, eos: ([eos], True), "the rewards of each group are equal"),            # nothing but EOS
-    ("rloo", lambda i, eos: ([7, 8, eos], True), "the rewards of each group are equal"),      # all the same
-    ("gspo", lambda i, eos: ([7 + i % 5] * 12, False), "more than half of the responses are truncated"),
-    ("grpo", lambda i, eos: ([7 + i % 9] * (1 + i % 12) + [eos], True), ""),
-    ("rloo", lambda i, eos: (([eos], True) if i % 2 else ([6], False)), "")],
+@pytest.mark.parametrize("algo, respond, truncated, equal", [
+    ("grpo", lambda i, eos: ([eos], True), 0, True),            # nothing but EOS
+    ("rloo", lambda i, eos: ([7, 8, eos], True), 0, True),      # all the same
+    ("gspo", lambda i, eos: ([7 + i % 5] * 12, False), 1, False),
+    ("grpo", lambda i, eos: ([7 + i % 9] * (1 + i % 12) + [eos], True), 0, False),
+    ("rloo", lambda i, eos: (([eos], True) if i % 2 else ([6], False)), 0.5, False)],
     ids=["eos", "same", "cut", "mixed", "half"])
-def test_odd_responses_neither_crash_nor_make_bad_numbers(world, tmp_path, monkeypatch, capsys, algo, respond, said):
+def test_odd_responses_make_no_bad_numbers(world, tmp_path, monkeypatch, algo, respond, truncated, equal):
     rigged(monkeypatch, respond)
     out = tmp_path / "out"
     save.main(words(world, out, steps=2, save_every=0, algo=algo))
     for record in metrics(out).values():
         assert all(math.isfinite(x) for x in record.values() if isinstance(x, (int, float))), record
-    assert said in capsys.readouterr().out
+    first, second = (metrics(out)["save", step] for step in (1, 2))
+    assert first["truncated"] == truncated and (first["reward_spread"] == 0) == equal
+    assert not equal or second.get("reward_shift", 0) == 0
     assert all(x.isfinite().all() for file in MODELS for x in load_file(out / file).values())
-    if said.startswith("the rewards"):
-        assert metrics(out)["save", 1]["reward_spread"] == 0 and metrics(out)["save", 2].get("reward_shift", 0) == 0
 
 def test_any_text_goes_through(world, tmp_path):
     """Lone surrogates, four-byte characters, zero bytes and a prompt as long as is allowed."""

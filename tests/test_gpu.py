@@ -33,7 +33,8 @@ WAITS = {  # function of save.py: how often the host may wait in it, for each ca
     "score_batch": {"score_batch": 1}, "value_step": {"value_step": 2}, "value_stage": {"value_step": 1},
     "Log.put": {"save_step": 20, "sample": 1}, "learn": {"save_step": 3}, "record": {"save_step": 5},
     "reward_model_step": {"save_step": 3}, "policy_step": {"save_step": 5}, "response_log_probs": {"save_step": 2}}
-ONCE = {"diagnose", "Policy.check_logits", "expect", "RewardModel.save_pretrained", "replaced_folder", "ShardedAdamW.__init__"}
+ONCE = {"diagnose", "Policy.check_logits", "expect", "RewardModel.save_pretrained", "replaced_folder",
+        "ShardedAdamW.__init__"}
 
 def argv(world, out, **flags):
     """The command line of a small run; True is --name."""

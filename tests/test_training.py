@@ -362,7 +362,7 @@ def test_the_preference_step_has_the_gradient_of_the_plain_graph(tmp_path):
 
 def test_stage_value_judges_v_on_prompts_that_it_was_not_fitted_to(tmp_path, monkeypatch):
     """Of 20 prompts the last two: their V, kept share and common push worked out by hand."""
-    run, prompts, batch = make_run(tmp_path, value_prompts=20, value_k=4, value_batch=6, value_epochs=2, steps=10, m0=0.5)
+    run, prompts, batch = make_run(tmp_path, value_prompts=20, value_k=4, value_batch=6, value_epochs=2, steps=10)
     rewards = torch.arange(80.0).view(20, 4) % 7
     rewards[-2:] = torch.tensor([[4.0, 1, 0, -3], [2, 2.2, 5, 6]])
     usable = torch.ones(20, 4, dtype=torch.bool)
