@@ -188,7 +188,7 @@ def contrastive_loss(rewards, values, positive, negative, usable=None):
     return masked_mean(loss, positive.any(1) & negative.any(1))
 
 def centred_loss(rewards, values, positive, negative, usable):
-    """Ours: contrastive_loss without its common push, so that dL/dR sums to 0 in each group.
+    """Ours: contrastive_loss without its common push: dL/dR sums to 0 in a group.
     With Z the sum of e^(R-V) over a side it is Z-/(1 + Z-) - 1/(1 + Z+): mostly down."""
     rewards = at_least_fp32(rewards)
     mean = masked_mean(rewards, usable, 1)[:, None]
@@ -1205,7 +1205,7 @@ def memory_needed(run, tokens):
         sizes = {key: p.nbytes for key, p in getattr(run, name).model.named_parameters()}
         masters = sum(p.nbytes for p in optimizer.masters.values() if not cfg.offload)
         always += 2 * masters  # moments
-        # each layer's input, as much inside one
+        # inputs of all layers, as much within one
         width = 2 * sum(size for key, size in sizes.items() if "input_layernorm.weight" in key)
         more[f"{name}_update"] = sum(sizes.values()) + max(masters, width * min(cfg.micro_tokens, tokens))
     return {"always": always, **{phase: always + x for phase, x in more.items()}}
