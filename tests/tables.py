@@ -1,39 +1,43 @@
-"""The paper's tables on the laptop world: every row a run of save.py or a fork, over fresh seeds, in parallel.
+"""The map: where SAVE helps and where it hurts, on the laptop worlds. Every row a run of save.py or a fork.
 
-    python tests/tables.py table1 --out runs/tables                  # methods and ablations, three worlds
-    python tests/tables.py table2 --out runs/tables                  # RL algorithms
-    python tests/tables.py table3 --out runs/tables                  # the policy, R2M and PRIME among them
-    python tests/tables.py sweeps --out runs/tables                  # group size, m0, learning rates
-    python tests/tables.py table1 --out runs/tables --worlds noisy --seeds 10 11 --jobs 2
+    python tests/tables.py labels --out runs/map         # RMs trained on 300 to 4,000 pairs
+    python tests/tables.py spread --out runs/map         # rewards of a group that differ by 3, 9 or 30
+    python tests/tables.py quality --out runs/map        # right or wrong, or graded
+    python tests/tables.py shift --out runs/map          # labels on other prompts or another style than the policy's
+    python tests/tables.py group --out runs/map          # G = 2 to 16 at the same number of rows
+    python tests/tables.py control --out runs/map        # perfect labels: is it the labels or the loss?
+    python tests/tables.py algorithms --out runs/map     # the paper's Tables 2 and 3: RL algorithms, R2M, PRIME
+    python tests/tables.py rates --out runs/map          # learning rates, m0
+    python tests/tables.py compare --seeds 0 --out runs/compare        # what `bash run.sh compare` runs
 
-Each world and seed is built once; its value head is fitted once and shared by all rows; a row that is in several tables
-is run once. results.jsonl holds every number of all tables so far, a line a run, results.md each table's mean and
-standard error over seeds, the paired difference to the initial RM and the seeds that improved, and the paired
-difference of the policy's gold reward to GRPO with the frozen RM. Seeds 0 to 2, and the reward model of seed 10, were
-looked at when the world was made; none for what SAVE does on it.
+Worlds and rows that are there are not run again, so a killed table goes on, and tables share what they have in common.
+--rows runs some of the rows. results.jsonl gets a line for every run under --out, results.md each table's means and
+standard errors over seeds, paired with the same seed's initial RM, or with the policy trained on the frozen RM.
 """
 import argparse
 import concurrent.futures
 import contextlib
+import functools
 import json
+import math
 import multiprocessing
 import os
 import re
+import shutil
 import statistics
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 import toy
 import transformers
-from figures import read_results
 from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent / "forks")]
-import balanced  # noqa: E402
-import ensemble  # noqa: E402
-import hl_bt  # noqa: E402
+import balanced  # noqa: E402, F401  a row of RM_UPDATES, as hl_bt
+import hl_bt  # noqa: E402, F401
 import offline  # noqa: E402
 import prime  # noqa: E402
 import r2m  # noqa: E402
@@ -41,42 +45,44 @@ import reinforce_pp  # noqa: E402
 
 import save  # noqa: E402
 
-SEEDS = [10, 11, 12, 13, 14, 15]
-FROZEN = {"GRPO, frozen RM": ["--rm_update", "none"]}  # the first row of each table: its RM is the initial one
-OTHERS = ["--lr_rm", "3e-5", "--label_rms", "{others}"]
-ROWS = {  # {save}: the reward model that the row SAVE made; {others}: the two more that the world has on the same pairs
-    "table1": {
-        **FROZEN, "continual offline": ["tests/forks/offline.py"], "HL-BT": ["tests/forks/hl_bt.py"],
-        "Mean Reward": ["--rm_update", "mean_reward"], "SAVE": [], "SAVE w/o curriculum": ["--m0", "0"],
-        "SAVE w/o policy optimisation": ["--lr_policy", "0"],
-        "GRPO, frozen RM of SAVE": ["--rm_update", "none", "--rm", "{save}"],
-        "balanced loss": ["tests/forks/balanced.py"],
-        "balanced, ensemble labels": ["tests/forks/ensemble.py", *OTHERS],
-        "the same, policy frozen": ["tests/forks/ensemble.py", *OTHERS, "--lr_policy", "0"],
-        "the ensemble itself": ["ensemble", "{others}"],
-    },
-    "table2": {
-        **FROZEN, "SAVE with GRPO": [], "SAVE with RLOO": ["--algo", "rloo"],
+SEEDS = [110, 111, 112, 113, 114, 115]
+FROZEN = {"frozen RM": ["--rm_update", "none"]}
+UPDATES = {name: ["--rm_update", row] for name, row in (
+    ("HL-BT", "hl_bt"), ("Mean Reward", "mean_reward"), ("balanced", "balanced"), ("centred", "centred"))}
+METHODS = {  # the paper's Table 1 with its ablations, then the balanced and the centred loss
+    **FROZEN, "SAVE": [], "SAVE w/o curriculum": ["--m0", "0"], "SAVE, policy frozen": ["--lr_policy", "0"],
+    "HL-BT": UPDATES["HL-BT"], "Mean Reward": UPDATES["Mean Reward"], "continual offline": ["tests/forks/offline.py"],
+    "balanced": UPDATES["balanced"], "centred": UPDATES["centred"]}
+GROUPS = {f"{name}, G = {g}": [*flags, "--group", str(g), "--batch", str(128 // g)] for g in (2, 4, 16)
+          for name, flags in (("SAVE", []), ("balanced", UPDATES["balanced"]), ("centred", UPDATES["centred"]))}
+PERFECT = {f"{name}, perfect labels": ["perfect", *flags] for name, flags in (
+    ("SAVE", []), ("balanced", UPDATES["balanced"]), ("centred", UPDATES["centred"]))}
+TABLES = {  # {table: {world: {row: flags}}}
+    "compare": {"few": {name: METHODS[name] for name in ("frozen RM", "HL-BT", "Mean Reward", "SAVE", "centred")}},
+    "labels": {world: METHODS for world in ("few", "pairs_300", "pairs_500", "pairs_1000", "pairs_2000", "pairs_4000")},
+    "spread": {world: METHODS for world in ("spread_3", "spread_9", "few")},
+    "quality": {world: METHODS for world in ("few", "graded")},
+    "shift": {world: METHODS for world in ("short", "two_tasks", "style")},
+    "group": {"graded": {name: METHODS[name] for name in ("frozen RM", "SAVE", "balanced", "centred")} | GROUPS},
+    "control": {world: {name: METHODS[name] for name in ("frozen RM", "SAVE", "balanced", "centred")} | PERFECT
+                for world in ("few", "graded")},
+    "algorithms": {"few": {
+        **FROZEN, "SAVE": [], "SAVE with RLOO": ["--algo", "rloo"],
         "SAVE with GSPO": ["--algo", "gspo", "--num_minibatches", "4"],
         "SAVE with REINFORCE++": ["tests/forks/reinforce_pp.py"],
-    },
-    "table3": {  # the policy
-        **FROZEN, "REINFORCE++, frozen RM": ["tests/forks/reinforce_pp.py", "--rm_update", "none"],
-        "PRIME": ["tests/forks/prime.py", "--lr_prm", "1e-5"], "R2M": ["tests/forks/r2m.py"], "SAVE": [],
-        "GRPO, frozen RM of SAVE": ["--rm_update", "none", "--rm", "{save}"],
-    },
-    "sweeps": {
-        **FROZEN, "SAVE": [], **{f"G = {g}": ["--group", str(g)] for g in (4, 16)},
-        **{f"m0 = {m0}": ["--m0", m0] for m0 in ("0.3", "0.7")},
-        **{f"RM learning rate x {x}": ["--lr_rm", rate] for x, rate in (("1/3", "3.3e-6"), ("3", "3e-5"))},
-        **{f"value head learning rate x {x}": ["--lr_value", rate] for x, rate in (("1/5", "2e-4"), ("10", "1e-2"))},
-        "Mean Reward, RM learning rate x 3": ["--rm_update", "mean_reward", "--lr_rm", "3e-5"],
-    },
+        "REINFORCE++, frozen RM": ["tests/forks/reinforce_pp.py", "--rm_update", "none"],
+        "PRIME": ["tests/forks/prime.py", "--lr_prm", "1e-5"], "R2M": ["tests/forks/r2m.py"],
+        "frozen RM of SAVE": ["--rm_update", "none", "--rm", "{save}"]}},
+    "rates": {"few": {
+        **FROZEN, "SAVE": [], **{f"m0 = {m0}": ["--m0", m0] for m0 in ("0.3", "0.7")},
+        **{f"RM learning rate {rate}": ["--lr_rm", rate] for rate in ("3e-6", "3e-5")},
+        **{f"value head learning rate {rate}": ["--lr_value", rate] for rate in ("1e-3", "1e-1")},
+        "constant rates": ["--lr_schedule", "constant"]}},
 }
-DIAGNOSTICS = ("reward_spread", "value_bias", "kept", "valid")  # of metrics.jsonl, kept for the figures
 MAINS = {"save.py": save.main, "tests/toy.py": toy.main, **{f"tests/forks/{fork.__name__}.py": fork.main for fork in (
-    balanced, ensemble, hl_bt, offline, prime, r2m, reinforce_pp)}}
-BLOCK = 10  # steps that a point of a diagnostic is the mean of
+    offline, prime, r2m, reinforce_pp)}}
+END = ("deflation", "reward_spread", "value_bias", "kept", "valid", "kl")  # of metrics.jsonl, kept with a run
+BLOCK = 10  # steps that a point of the gold curve is the mean of
 
 
 def call(script, *words):
@@ -89,12 +95,28 @@ def call(script, *words):
             raise RuntimeError(f"{script} {' '.join(map(str, words))}: exit code {stop.code}, see {log}") from None
 
 
-def anchored(data, rm, out, args, seed):
-    """The RM folder with a value head for the world's policy; fitted if it is not there."""
-    if not (out / "rm" / "value_head.safetensors").is_file():
-        call("save.py", "--stage", "value", "--rm", rm, "--policy", data / "policy", "--prompts",
-             data / "prompts.jsonl", "--out", out, "--seed", seed, *toy.LAPTOP_FLAGS, *args.flags)
-    return out / "rm"
+def build(out, world, seed):
+    """The folder of a world with a value head, DIR/value/rm. What `few` has of the same seed is taken from there."""
+    data, few = out / f"{world}-{seed}", out / f"few-{seed}"
+    if not (data / "world.json").is_file():
+        if toy.WORLDS[world].task == "binary" and (few / "world.json").is_file():
+            shutil.copytree(few / "policy", data / "policy", dirs_exist_ok=True)
+            for name in ("id", "hard", "neu"):
+                shutil.copy(few / f"heldout_{name}.jsonl", data)
+        call("tests/toy.py", "--out", data, "--world", world, "--seed", seed)
+    if not (data / "value" / "rm" / "value_head.safetensors").is_file():
+        shutil.rmtree(data / "value", ignore_errors=True)
+        call("save.py", "--stage", "value", "--rm", data / "rm", *common(data, world, seed), "--out", data / "value")
+    return data
+
+
+def common(data, world, seed):
+    """The flags of save.py on a world."""
+    return ["--policy", data / "policy", "--prompts", data / "prompts.jsonl", "--seed", seed,
+            *toy.laptop_flags(world), *EXTRA]
+
+
+EXTRA = []  # flags of the command line that are save.py's
 
 
 def slug(flags):
@@ -102,195 +124,199 @@ def slug(flags):
     return "_".join(re.sub(r"[^\w.+-]", "", flag.removeprefix("--")) for flag in flags) or "save"
 
 
-def run_row(data, flags, args, seed):
-    """One row on one world and seed, kept in rows/SLUG/result.json.
-
-    -> {"init", "after": accuracy by held-out set, "gold": the policy's by way of sampling, all in percent;
-        "curves": {"accuracy": {step: mean over the sets}, diagnostic: [mean of each BLOCK steps]}}
-    """
-    out = data / "rows" / slug(flags)
+def run_row(data, world, seed, flags):
+    """One row on one world and seed, kept in rows/SLUG/result.json: see `read_run`."""
+    out, task = data / "rows" / slug(flags), toy.WORLDS[world].task
     if (out / "result.json").is_file():
-        return json.loads((out / "result.json").read_text())
-    rm, heldout = anchored(data, data / "rm", data / "value", args, seed), sorted(data.glob("heldout_*.jsonl"))
-    others = [data / f"rm_{k}" for k in (1, 2)]
-    if flags[0:1] == ["ensemble"]:
-        result = mean_of([data / "rm", *others], heldout)
-    else:
-        if "{others}" in flags:
-            others = [anchored(data, path, data / path.name.replace("rm", "value"), args, seed) for path in others]
-        script = flags[0] if flags[:1] and flags[0].endswith(".py") else "save.py"
-        words = [word for flag in flags if flag != script for word in
-                 (others if flag == "{others}" else [data / "rows" / "save" / "rm"] if flag == "{save}" else [flag])]
-        call(script, "--stage", "save", "--rm", rm, "--policy", data / "policy", "--prompts", data / "prompts.jsonl",
-             "--pairs", data / "pairs.jsonl", "--heldout", *heldout, "--out", out, "--seed", seed, "--resume",
-             "--eval_every", 20, *toy.LAPTOP_FLAGS, *words, *args.flags)
-        result = read_run(out)
+        return
+    script = flags[0] if flags[:1] and flags[0].endswith(".py") else "save.py"
+    words = [data / "rows" / "save" / "rm" if flag == "{save}" else flag for flag in flags
+             if flag not in (script, "perfect")]
+    labels = functools.partial(perfect_label, task) if "perfect" in flags else save.label
+    with mock.patch.object(save, "label", labels):
+        call(script, "--stage", "save", "--rm", data / "value" / "rm", "--pairs", data / "pairs.jsonl", "--heldout",
+             *sorted(data.glob("heldout_*.jsonl")), "--out", out, "--resume", "--eval_every", 20,
+             *common(data, world, seed), *words)
     policy = out / "policy" if (out / "policy").is_dir() else data / "policy"
-    gold = toy.gold_reward(policy, toy.read_prompts(data / "prompts_test.jsonl"))
-    result["gold"] = {name: 100 * x for name, x in gold.items()}
-    out.mkdir(parents=True, exist_ok=True)
+    gold = toy.gold_reward(policy, toy.read_prompts(data / "prompts_test.jsonl"), task=task)
+    result = read_run(out, task) | {"gold": {name: 100 * x for name, x in gold.items()}}
+    value = json.loads((data / "value" / "metrics.jsonl").read_text().splitlines()[-1])
+    result["value"] = {name: value[name] for name in ("value_r2", "reward_spread", "kept", "common_push")
+                       if name in value}
     (out / "result.json").write_text(json.dumps(result))
-    return result
 
 
-def read_run(out):
-    """Accuracies and diagnostics from the logs of a run."""
+def perfect_label(task, run, batch):
+    """(P,G) for save.label: inf for responses whose gold is at least their group's mean, -inf for the others."""
+    asked = [messages[-1]["content"] for messages, _ in batch.prompts for _ in range(run.cfg.group)]
+    golds = torch.tensor([toy.gold(*row, task) for row in zip(asked, batch.texts)]).view(-1, run.cfg.group)
+    return torch.where(save.gather(golds >= golds.mean(1, keepdim=True)), math.inf, -math.inf)
+
+
+def read_run(out, task):
+    """The logs of a run -> {"init", "after": accuracy by held-out set, in percent; "accuracy": {step: their mean};
+    "gold_curve": mean gold of the responses of each BLOCK steps; "end": numbers of the last step}."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     accuracy = {row["step"]: {key.removeprefix("accuracy_heldout_"): x for key, x in row.items()
                               if key.startswith("accuracy_")} for row in records if "step" in row}
     accuracy = {step: row for step, row in accuracy.items() if row}
-    steps = [row for row in records if row.get("step")]
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()] \
         if (out / "samples.jsonl").is_file() else []
-    right = {"+": lambda row: true_reward(row) == 1, "-": lambda row: true_reward(row) == 0}
-    series = {name: [(row["step"], row[name]) for row in steps if name in row] for name in DIAGNOSTICS}
-    for name, side in (("positive_purity", "+"), ("negative_purity", "-")):
-        series[name] = [(row["step"], right[side](row)) for row in samples if row["side"] == side]
+    golds = [(row["step"], toy.gold(row["prompt"][-1]["content"], row["response"], task)) for row in samples]
     return {"init": accuracy[0], "after": accuracy[max(accuracy)],
-            "curves": {"accuracy": {step: round(statistics.mean(row.values()), 3) for step, row in accuracy.items()},
-                       **{name: blocks(points) for name, points in series.items()}}}
-
-
-def true_reward(row):
-    """Gold of a row of samples.jsonl."""
-    return toy.gold(row["prompt"][-1]["content"], row["response"])
+            "accuracy": {step: round(statistics.mean(row.values()), 3) for step, row in accuracy.items()},
+            "gold_curve": [round(100 * x, 2) for x in blocks(golds)],
+            "end": {name: x for name, x in records[-1].items() if name in END}}
 
 
 def blocks(points):
-    """[(step, number)] -> the mean of each BLOCK steps; none for a block without any."""
+    """[(step, number)] -> the mean of each BLOCK steps."""
     by_block = {}
     for step, x in points:
         by_block.setdefault((step - 1) // BLOCK, []).append(float(x))
-    return [round(statistics.mean(by_block[i]), 4) if i in by_block else None
-            for i in range(max(by_block, default=-1) + 1)]
+    return [statistics.mean(numbers) for _, numbers in sorted(by_block.items())]
 
 
-def mean_of(paths, heldout):
-    """The mean reward of several reward models as a reward model."""
-    models = [save.RewardModel.from_pretrained(str(path)) for path in paths]
-    accuracy = []
-    for rms in (models[:1], models):
-        accuracy.append({})
-        for file in heldout:
-            rows = [json.loads(line) for line in file.read_text().splitlines()]
-            chosen, rejected = (sum(toy.rm_scores(rm, [row["prompt"] for row in rows], [row[side] for row in rows])
-                                    for rm in rms) for side in ("chosen", "rejected"))
-            accuracy[-1][file.stem.removeprefix("heldout_")] = 100 * (chosen > rejected).double().mean().item()
-    return {"init": accuracy[0], "after": accuracy[1], "curves": {}}
-
-
-def build(data, world, seed):
-    """A world, and two more reward models on the same pairs for the rows with ensemble labels."""
-    if not (data / "world.json").is_file():
-        call("tests/toy.py", "--out", data, "--world", world, "--seed", seed)
-    for k in (1, 2):
-        if not (data / f"rm_{k}" / "config.json").is_file():
-            call("tests/toy.py", "--out", data, "--world", world, "--seed", seed, "--extra_rm", k)
-
-
-def one_seed(args, world, seed):
+def one_seed(out, world, seed, rows, extra):
     """All rows of a world and seed, one after the other, in a process of its own."""
     torch.set_num_threads(1)  # models this small are slower on two
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    data = Path(args.out, f"{world}-{seed}")
-    build(data, world, seed)
-    return {name: run_row(data, flags, args, seed) for name, flags in ROWS[args.table].items()}
+    EXTRA[:] = extra
+    data = build(out, world, seed)
+    for flags in rows.values():
+        run_row(data, world, seed, flags)
 
 
-def mean_and_error(values):
-    """"12.34 ±0.56", the standard error over seeds."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.2f} ±{error:.2f}"
+def collect(out):
+    """Every run under `out`: {world: {row: {seed: result}}}, in the order of TABLES."""
+    runs = {}
+    for world, rows in (item for table in TABLES.values() for item in table.items()):
+        for name, flags in rows.items():
+            for data in sorted(out.glob(f"{world}-*"), key=lambda path: int(path.name.rsplit("-", 1)[1])):
+                file = data / "rows" / slug(flags) / "result.json"
+                if file.is_file():
+                    seed = int(data.name.rsplit("-", 1)[1])
+                    runs.setdefault(world, {}).setdefault(name, {})[seed] = json.loads(file.read_text())
+    return runs
 
 
-def table(rows, world):
-    """Markdown lines of one world. rows: {method: [result of each seed]}; the first method's RM is the initial one."""
-    first = next(iter(rows.values()))
-    sets = sorted(first[0]["init"])
-    initial = [statistics.mean(run["init"].values()) for run in first]
-    lines = [f"| {world}, {len(first)} seeds, % | {' | '.join(sets)} | mean | minus initial | better | gold | "
-             "minus frozen RM | gold, greedy |", "|---" * (len(sets) + 7) + "|",
-             f"| initial RM | {' | '.join(mean_and_error([run['init'][s] for run in first]) for s in sets)} | "
-             f"{mean_and_error(initial)} | | | | | |"]
-    for name, runs in rows.items():
-        gains = [statistics.mean(run["after"].values()) - before for run, before in zip(runs, initial)]
-        golds = [run["gold"]["sampled"] - frozen["gold"]["sampled"] for run, frozen in zip(runs, first)]
-        cells = [mean_and_error([run["after"][s] for run in runs]) for s in sets]
-        cells += [mean_and_error([statistics.mean(run["after"].values()) for run in runs]), mean_and_error(gains),
-                  f"{sum(gain > 0 for gain in gains)} of {len(gains)}"]
-        cells += [mean_and_error([run["gold"]["sampled"] for run in runs]), mean_and_error(golds),
-                  mean_and_error([run["gold"]["greedy"] for run in runs])]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+def read_results(file):
+    """results.jsonl, a line a run -> {world: {row: {seed: result}}}."""
+    runs = {}
+    for run in map(json.loads, Path(file).read_text(encoding="utf-8").splitlines()):
+        runs.setdefault(run["world"], {}).setdefault(run["row"], {})[run["seed"]] = run
+    return runs
+
+
+def mean_and_error(values, sign="", digits=2):
+    """"12.34 ±0.56", the standard error over seeds; `sign` "+" writes that of the mean."""
+    error = f" ±{statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.{digits}f}{error}"
+
+
+def gain(run):
+    """The change of the mean accuracy over the held-out sets, in points."""
+    return statistics.mean(run["after"].values()) - statistics.mean(run["init"].values())
+
+
+def table(runs, world, names):
+    """Markdown lines: the rows of one world that have been run, each over its own seeds, which it names."""
+    rows = {name: runs[name] for name in names if runs.get(name)}
+    frozen = rows.get("frozen RM", {})
+    initial = {seed: statistics.mean(run["init"].values()) for row in rows.values() for seed, run in row.items()}
+    about = {seed: run["value"] for row in rows.values() for seed, run in row.items()}
+    what = ", ".join(f"{label} {statistics.mean(x[key] for x in about.values() if key in x):.2f}" for key, label in (
+        ("value_r2", "R2 of V"), ("reward_spread", "SD in a group"), ("kept", "kept"), ("common_push", "common push"))
+        if any(key in x for x in about.values()))
+    lines = [f"| {world}: initial RM {mean_and_error(list(initial.values()))} %; {what} | RM gain | better | "
+             "gold | minus frozen RM's | gold, greedy | spread x | seeds |", "|---" * 8 + "|"]
+    for name, row in rows.items():
+        gains, golds = [gain(run) for run in row.values()], [run["gold"]["sampled"] for run in row.values()]
+        pairs = [run["gold"]["sampled"] - frozen[seed]["gold"]["sampled"]
+                 for seed, run in row.items() if seed in frozen]
+        spread = [run["end"]["deflation"] for run in row.values() if "deflation" in run["end"]]
+        seeds = " to ".join(map(str, dict.fromkeys([min(row), max(row)])))
+        lines.append(f"| {name} | {mean_and_error(gains, '+')} | {sum(x > 0 for x in gains)} of {len(gains)} | "
+                     f"{mean_and_error(golds)} | {mean_and_error(pairs, '+') if pairs and row is not frozen else ''} | "
+                     f"{mean_and_error([run['gold']['greedy'] for run in row.values()])} | "
+                     f"{f'{statistics.mean(spread):.2f}' if spread else ''} | {seeds} |")
     return lines
 
 
-def overview(worlds):
-    """Markdown lines: each method's accuracy minus the initial RM's, and its policy's gold reward, for all worlds."""
-    names = [name for name in next(iter(worlds.values()))["rows"] if all(name in w["rows"] for w in worlds.values())]
-    lines = [f"| mean of the sets minus initial RM, seeds better; gold reward | {' | '.join(worlds)} |",
-             "|---" * (len(worlds) + 1) + "|"]
-    for name in names:
-        cells = []
-        for result in worlds.values():
-            first = next(iter(result["rows"].values()))
-            gains = [statistics.mean(run["after"].values()) - statistics.mean(start["init"].values())
-                     for run, start in zip(result["rows"][name], first)]
-            gold = statistics.mean(run["gold"]["sampled"] for run in result["rows"][name])
-            cells.append(f"{mean_and_error(gains)}, {sum(gain > 0 for gain in gains)} of {len(gains)}; {gold:.1f}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+CELLS = {  # the map of README.md
+    "few": "few labels, spread 30: the laptop run",
+    "spread_9": "few labels, spread 9", "spread_3": "few labels, spread 3",
+    "pairs_300": "300 labels, spread 30", "pairs_1000": "1,000 labels", "pairs_4000": "4,000 labels",
+    "graded": "graded quality, 3,000 noisy labels, spread 1", "short": "few labels, of prompts with 3 symbols",
+    "two_tasks": "few labels, of two of the four tasks", "style": "few labels, of another style than the policy's"}
+
+
+def overview(runs):
+    """Markdown lines of README.md's map: the RM's gain and the policy's gold in each cell."""
+    lines = ["| | initial RM, % | SAVE | HL-BT | centred | gold: frozen RM | SAVE | centred |", "|---" * 8 + "|"]
+    for world in filter(runs.get, CELLS):
+        rows = runs[world]
+        if all(rows.get(name) for name in ("frozen RM", "SAVE", "HL-BT", "centred")):
+            frozen = rows["frozen RM"]
+            cells = [mean_and_error([statistics.mean(run["init"].values()) for run in frozen.values()], digits=1)]
+            for name in ("SAVE", "HL-BT", "centred"):
+                gains = list(map(gain, rows[name].values()))
+                cells.append(f"{mean_and_error(gains, '+')} ({sum(x > 0 for x in gains)})")
+            cells.append(f"{statistics.mean(run['gold']['sampled'] for run in frozen.values()):.1f}")
+            cells += [mean_and_error([run["gold"]["sampled"] - frozen[seed]["gold"]["sampled"]
+                                      for seed, run in rows[name].items()], "+", 1) for name in ("SAVE", "centred")]
+            lines.append(f"| {CELLS[world]} | {' | '.join(cells)} |")
     return lines
 
 
-def main():
-    """Every world and seed in parallel, then the table."""
+def shown(runs):
+    """Markdown lines of the map, then of every world that has runs, its rows in the order of TABLES."""
+    lines = [*overview(runs), ""]
+    for world in runs:
+        names = dict.fromkeys(name for rows in TABLES.values() for name in rows.get(world, ()))
+        lines += [*table(runs[world], world, names), ""]
+    return lines
+
+
+def write(out):
+    """results.jsonl and results.md of every run under `out`."""
+    runs = collect(out)
+    lines = [json.dumps({"world": world, "row": name, "seed": seed, **run}) for world, rows in runs.items()
+             for name, row in rows.items() for seed, run in row.items()]
+    (out / ".results.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    os.replace(out / ".results.jsonl", out / "results.jsonl")
+    (out / "results.md").write_text("\n".join(shown(runs)), encoding="utf-8")
+    return runs
+
+
+def main(argv=None):
+    """Every world and seed of a table in parallel, then all results so far."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=ROWS)
-    parser.add_argument("--out", default="runs/tables")
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--out", default="runs/map")
     parser.add_argument("--worlds", nargs="+", choices=toy.WORLDS)
+    parser.add_argument("--rows", nargs="+", help="by name; frozen RM, SAVE, ...")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    args, args.flags = parser.parse_known_args()  # the rest goes to save.py
-    worlds = args.worlds or (toy.WORLDS if args.table == "table1" else toy.WORLDS[:1])
-    todo = [(world, seed) for seed in args.seeds for world in worlds]
+    args, extra = parser.parse_known_args(argv)  # the rest goes to save.py
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of short texts cost more than they bring
+    out, worlds = Path(args.out), args.worlds or TABLES[args.table]
+    todo = [(world, seed) for world in worlds for seed in args.seeds]
     with tqdm(total=len(todo), desc=args.table, unit="world") as bar, \
             concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(one_seed, args, world, seed) for world, seed in todo]
+        futures = []
+        for world, seed in todo:
+            rows = {name: flags for name, flags in TABLES[args.table][world].items()
+                    if not args.rows or name in args.rows}
+            futures.append(pool.submit(one_seed, out, world, seed, rows, extra))
         for future in concurrent.futures.as_completed(futures):
             if future.exception():
                 pool.shutdown(cancel_futures=True)  # what is done is kept for the next call
             future.result()
             bar.update()
-        results = {key: future.result() for key, future in zip(todo, futures)}
-    write(Path(args.out), args.table, {
-        world: {"seeds": args.seeds, "flags": args.flags,
-                "rows": {name: [results[world, seed][name] for seed in args.seeds] for name in ROWS[args.table]}}
-        for world in worlds})
-
-
-def write(out, name, worlds):
-    """Put one table's worlds into results.jsonl beside what is there, and all of it into results.md."""
-    file = out / "results.jsonl"
-    tables = read_results(file) if file.is_file() else {}
-    tables.setdefault(name, {}).update(worlds)
-    lines = [json.dumps({"table": table, "world": world, "row": row, "seed": seed, **run, "flags": result["flags"]})
-             for table, worlds in tables.items() for world, result in worlds.items()
-             for row, runs in result["rows"].items() for seed, run in zip(result["seeds"], runs, strict=True)]
-    (out / ".results.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(out / ".results.jsonl", file)
-    text = "\n".join(shown(tables))
-    (out / "results.md").write_text(text, encoding="utf-8")
-    print(text)
-
-
-def shown(tables):
-    """Markdown lines of all tables."""
-    lines = []
-    for name in sorted(tables, key=list(ROWS).index):
-        lines += [f"## {name}", "", *overview(tables[name]), ""]
-        for world, result in tables[name].items():
-            lines += [*table(result["rows"], world), ""]
-    return lines
+    runs = write(out)
+    print("\n".join(line for world in worlds for line in table(runs[world], world, TABLES[args.table][world])))
 
 
 if __name__ == "__main__":

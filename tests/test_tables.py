@@ -2,7 +2,6 @@
 import concurrent.futures
 import contextlib
 import json
-import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -10,10 +9,15 @@ from pathlib import Path
 import figures
 import pytest
 import tables
+import torch
 import toy
+from test_training import make_run
+
+import save
 
 SMALL = ("--steps 1 --batch 4 --group 4 --value_prompts 4 --value_k 2 --value_epochs 1 --max_new_tokens 4 --device cpu "
          "--max_prompt_tokens 32 --save_every 0").split()
+PAGE = Path(__file__).resolve().parent / "results"
 
 @pytest.fixture
 def quick(monkeypatch):
@@ -26,12 +30,11 @@ def quick(monkeypatch):
         if script != "tests/toy.py":
             return tables.MAINS[script](words)
         out = Path(words[words.index("--out") + 1])
-        if "--extra_rm" in words:
-            return shutil.copytree(out / "rm", out / f"rm_{words[-1]}")
         toy.tiny_world(out, int(words[words.index("--seed") + 1]))
         return (out / "world.json").write_text("{}")
     monkeypatch.setattr(tables, "call", call)
     monkeypatch.setattr(tables.concurrent.futures, "ProcessPoolExecutor", OneAfterTheOther)
+    monkeypatch.setattr(toy, "gold_reward", lambda policy, prompts, task: {"sampled": 0.5, "greedy": 0.25})
     return calls
 
 class OneAfterTheOther(contextlib.nullcontext):
@@ -48,61 +51,113 @@ class OneAfterTheOther(contextlib.nullcontext):
         future.set_result(work(*inputs))
         return future
 
-def run(monkeypatch, out, *words):
-    monkeypatch.setattr(sys, "argv", ["tables.py", *map(str, words), "--out", str(out), "--jobs", "1", *SMALL])
-    tables.main()
+def run(out, table, *words):
+    tables.main([table, "--out", str(out), "--jobs", "1", *map(str, words), *SMALL])
+    return tables.read_results(out / "results.jsonl")
 
-@pytest.mark.parametrize("table", [name if name == "table2" else pytest.param(name, marks=pytest.mark.slow)
-                                   for name in tables.ROWS])
-def test_every_row_runs_once(tmp_path, monkeypatch, quick, table):
-    monkeypatch.setattr(toy, "gold_reward", lambda policy, prompts: {"sampled": 0.5, "greedy": 0.25})
-    run(monkeypatch, tmp_path, table, "--seeds", 10, 11, "--worlds", "noisy")
-    rows = figures.read_results(tmp_path / "results.jsonl")[table]["noisy"]["rows"]
-    assert list(rows) == list(tables.ROWS[table]) and all(len(runs) == 2 for runs in rows.values())
-    saved = [call for call in quick if call[1:3] == ["--stage", "save"]]
-    assert len(saved) == 2 * sum(flags[:1] != ["ensemble"] for flags in tables.ROWS[table].values())
+@pytest.mark.parametrize("table, world", [
+    ("compare", "few"), *[pytest.param(name, world, marks=pytest.mark.slow) for name, world in (
+        ("labels", "pairs_300"), ("group", "graded"), ("control", "graded"), ("algorithms", "few"), ("rates", "few"))]])
+def test_every_row_runs_once(tmp_path, quick, table, world):
+    rows = tables.TABLES[table][world]
+    runs = run(tmp_path, table, "--seeds", 10, 11, "--worlds", world)[world]
+    assert runs.keys() >= rows.keys() and all(list(runs[name]) == [10, 11] for name in rows)
+    assert len([call for call in quick if call[1:3] == ["--stage", "save"]]) == 2 * len(rows)
     lines = (tmp_path / "results.md").read_text().splitlines()
-    assert lines[:2] == [f"## {table}", ""] and len(lines) == 8 + 2 * len(rows)
-    overview, full = lines[4:4 + len(rows)], lines[5 + len(rows):]
-    assert all(line.count("|") == 3 for line in lines[2:4 + len(rows)]) and len({line.count("|") for line in full}) == 1
-    first = next(iter(rows.values()))
-    for line, short, (name, runs) in zip(full[3:], overview, rows.items(), strict=True):
-        gains = [statistics.mean(r["after"].values()) - statistics.mean(f["init"].values())
-                 for r, f in zip(runs, first)]
-        assert short.startswith(f"| {name} | {statistics.mean(gains):.2f} ±") and name in line
-        assert f"{statistics.mean(gains):.2f} ±" in line
-        assert f"{sum(gain > 0 for gain in gains)} of 2" in line
+    assert len({line.count("|") for line in lines if line}) == 1
+    for name in rows:
+        gains = [statistics.mean(r["after"].values()) - statistics.mean(r["init"].values())
+                 for r in runs[name].values()]
+        error = statistics.stdev(gains) / 2 ** 0.5
+        [line] = [line for line in lines if line.startswith(f"| {name} |")]
+        assert line.split(" | ")[1:3] == [f"{statistics.mean(gains):+.2f} ±{error:.2f}",
+                                          f"{sum(gain > 0 for gain in gains)} of 2"]
     before = len(quick)
-    run(monkeypatch, tmp_path, table, "--seeds", 10, 11, "--worlds", "noisy")
+    run(tmp_path, table, "--seeds", 10, 11, "--worlds", world)
     assert len(quick) == before  # all there: nothing is run again
 
-def test_rows_say_what_they_are(tmp_path, monkeypatch, quick):
-    monkeypatch.setitem(tables.ROWS, "table1", {name: flags for name, flags in tables.ROWS["table1"].items()
-                                                if "policy" in name or "SAVE" in name})
-    run(monkeypatch, tmp_path, "table1", "--seeds", 10, "--worlds", "annealed")
-    words = {call[call.index("--out") + 1].split("/")[-1]: call for call in quick if call[1:3] == ["--stage", "save"]}
-    improved = next(call for call in quick if call[-3 - len(SMALL):-1 - len(SMALL)] == ["--rm_update", "none"]
-                    or call.count("--rm") == 2)
-    assert improved.count("--rm") == 2 and str(tmp_path / "annealed-10/rows/save/rm") in improved
-    assert [[Path(path).parts[-2:] for path in call[call.index("--label_rms") + 1:][:2]]
-            for call in words.values() if "--label_rms" in call] == [[("value_1", "rm"), ("value_2", "rm")]]
-    frozen = [name for name, call in words.items() if ("--lr_policy", "0") in zip(call, call[1:])]
-    assert len(frozen) == 2
-    data = tmp_path / "annealed-10"
-    first = toy.gold_reward(data / "policy", toy.read_prompts(data / "prompts_test.jsonl"))
-    for name in frozen:  # the world's own policy
-        gold = json.loads((data / "rows" / name / "result.json").read_text())["gold"]
-        assert gold == {key: 100 * x for key, x in first.items()}
+def test_what_a_row_says_is_what_runs(tmp_path, quick):
+    """Flags of the world, of the row and of the command line, in this order; some rows only, others kept."""
+    run(tmp_path, "quality", "--seeds", 10, "--worlds", "graded", "--rows", "frozen RM", "centred")
+    saved = [call for call in quick if call[1:3] == ["--stage", "save"]]
+    assert len(saved) == 2 and saved[0][-2:] == ["--rm_update", "none"] and saved[1][-2:] == ["--rm_update", "centred"]
+    assert all("3e-5" in call and call[call.index("--rm") + 1].endswith("graded-10/value/rm") for call in saved)
+    runs = run(tmp_path, "quality", "--seeds", 10, "--worlds", "graded", "--rows", "SAVE")
+    assert list(runs["graded"]) == ["frozen RM", "SAVE", "centred"]
+    assert runs["graded"]["frozen RM"][10]["gold"] == {"sampled": 50, "greedy": 25}
 
-def test_figures_from_a_results_file(tmp_path):
+def test_worlds_of_a_seed_share_their_policy(tmp_path, quick):
+    run(tmp_path, "labels", "--seeds", 10, "--worlds", "few", "pairs_300", "--rows", "frozen RM")
+    copies = [tmp_path / f"{world}-10" / "heldout_id.jsonl" for world in ("few", "pairs_300")]
+    assert copies[0].read_bytes() == copies[1].read_bytes()
+
+@pytest.fixture(autouse=True)
+def held_out_sets_of_the_tiny_world(monkeypatch):
+    """It has only one."""
+    copy = tables.shutil.copy
+    monkeypatch.setattr(tables.shutil, "copy", lambda a, b: copy(a, b) if Path(a).is_file() else None)
+
+def test_perfect_labels_are_those_of_gold(tmp_path):
+    """Graded by hand: reverse a b c, 1 - distance / 3 of four answers; all are as good as their group's mean or not."""
+    run, _, batch = make_run(tmp_path, group=4)
+    prompts = ["reverse a b c", "copy a b"]
+    batch.prompts = [([{"role": "user", "content": prompt}], []) for prompt in prompts]
+    batch.texts = ["c b a", "c b", "a", "c b b a", "a b", "a b", "a b indeed", "a b"]
+    golds = [[1, 2 / 3, 1 / 3, 2 / 3], [1, 1, 1, 1]]
+    assert [[toy.gold(prompt, text, "graded") for text in batch.texts[4 * i:4 * i + 4]]
+            for i, prompt in enumerate(prompts)] == [pytest.approx(row) for row in golds]
+    inf = torch.inf
+    assert tables.perfect_label("graded", run, batch).tolist() == [[inf, inf, -inf, inf], [inf] * 4]
+    assert tables.perfect_label("binary", run, batch).tolist() == [[inf, -inf, -inf, -inf], [inf] * 4]
+
+@pytest.mark.parametrize("said, right, distance", [
+    ("a b c", "a b c", 0), ("a b c", "a c", 1), ("", "a b", 2), ("a b", "", 2), ("b a", "a b", 2),
+    ("a x c d", "a c d e", 2)])
+def test_edit_distance(said, right, distance):
+    assert toy.edit_distance(said.split(), right.split()) == distance
+
+def test_graded_labels_are_noisy_where_answers_are_nearly_as_good():
+    """Bradley-Terry at 7 times the difference of gold: 1 edit of 3 turns round in 1 of 1 + e^(7/3), 3 of 3 never."""
+    import math
+    import random
+    pairs = [{"prompt": "copy a b c", "chosen": "a b c", "rejected": said}
+             for said in ["a b d"] * 4000 + ["d e f"] * 400]
+    labelled = toy.preferences(pairs, random.Random(0), "graded")
+    turned = [row["chosen"] != "a b c" for row in labelled]
+    assert sum(turned[:4000]) / 4000 == pytest.approx(1 / (1 + math.exp(7 / 3)), abs=0.015) and sum(turned[4000:]) <= 3
+    assert all(row["gold_chosen"] == (1 if row["chosen"] == "a b c" else pytest.approx(2 / 3))
+               for row in labelled[:4000])
+
+def test_worlds_differ_as_they_say():
+    import random
+    rng = random.Random(0)
+    prompts = toy.unique_prompts(400, rng)
+    assert {len(p.split()) for p in prompts} == {4, 5, 6, 7}
+    assert {len(p.split()) for p in toy.labelled_prompts(prompts, "short")} == {4}
+    assert {p.split()[0] for p in toy.labelled_prompts(prompts, "two tasks")} == {"copy", "sort"}
+    right = {task: [toy.gold(p, toy.demonstration(p, rng, "graded")) for p in toy.unique_prompts(2000, rng, "graded")
+                    if p.split()[0] == task] for task in toy.TASKS}
+    assert statistics.mean(right["copy"]) > 0.8 > 0.4 > statistics.mean(right["sort"])  # V can be learned
+    assert all(set(save.parse_config(toy.laptop_flags(world)).__dict__) for world in toy.WORLDS)
+
+def result(gain, gold):
+    """What `read_run` gives, made up."""
+    return {"init": {"a": 70.0, "b": 60.0}, "after": {"a": 70.0 + 2 * gain, "b": 60.0},
+            "accuracy": {"0": 65, "1": 65 + gain},
+            "gold_curve": [gold, gold], "gold": {"sampled": gold, "greedy": 1.0}, "end": {"deflation": 0.5},
+            "value": {"value_r2": 0.25, "reward_spread": 3.0, "kept": 0.5, "common_push": 0.1}}
+
+def test_a_table_by_hand():
+    runs = {"frozen RM": {1: result(0, 10.0), 2: result(0, 30.0)}, "SAVE": {1: result(1, 20.0), 2: result(-3, 50.0)}}
+    head, _, frozen, ours = tables.table(runs, "few", ["frozen RM", "not run", "SAVE"])
+    assert "initial RM 65.00 ±0.00 %; R2 of V 0.25, SD in a group 3.00, kept 0.50, common push 0.10" in head
+    assert ours == "| SAVE | -1.00 ±2.00 | 1 of 2 | 35.00 ±15.00 | +15.00 ±5.00 | 1.00 ±0.00 | 0.50 | 1 to 2 |"
+    assert frozen == "| frozen RM | +0.00 ±0.00 | 0 of 2 | 20.00 ±10.00 |  | 1.00 ±0.00 | 0.50 | 1 to 2 |"
+
+def test_the_figure_from_a_results_file(tmp_path):
     pytest.importorskip("matplotlib", reason="figures need matplotlib, which requirements.txt leaves out")
-    curve = {"accuracy": {"0": 90.0, "20": 91.0}, **{name: [0.5, 0.6] for name in figures.PANELS}}
-    curves = {**dict.fromkeys(figures.STYLES, curve), "the ensemble itself": {}}
-    runs = [{"table": "table1", "world": world, "row": row, "seed": seed, "flags": [], "curves": curves[row]}
-            for world in toy.WORLDS for row in curves for seed in (1, 2)]
-    (tmp_path / "results.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
-    figures.main(["--out", str(tmp_path)])
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("accuracy.png", "diagnostics.png"))
+    figures.main(["--results", str(PAGE / "results.jsonl"), "--out", str(tmp_path)])
+    assert (tmp_path / "laptop.png").stat().st_size > 10_000
 
 def test_figures_without_matplotlib_or_results_are_one_line(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
@@ -110,36 +165,33 @@ def test_figures_without_matplotlib_or_results_are_one_line(tmp_path, monkeypatc
         with pytest.raises(SystemExit, match="^figures: matplotlib is not installed: pip install matplotlib$"):
             figures.main(["--out", str(tmp_path)])
     monkeypatch.setitem(sys.modules, "matplotlib", object())
-    with pytest.raises(SystemExit, match="no such file, expected results.jsonl of run.sh tables table1"):
+    with pytest.raises(SystemExit, match="no such file, expected results.jsonl of run.sh tables quality"):
         figures.main(["--results", str(tmp_path / "none.jsonl"), "--out", str(tmp_path)])
 
-def test_diagnostics_are_means_of_blocks():
-    points = [(step, step) for step in range(1, 26)] + [(41, 7), (42, 9)]
-    assert tables.blocks(points) == [5.5, 15.5, 23.0, None, 8.0] and tables.blocks([]) == []
-
-def test_learning_rates_of_the_readme():
-    """The gains in its table of learning rates, and that of SAVE in its text, are those of results.jsonl."""
-    root = Path(__file__).resolve().parents[1]
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    rows = figures.read_results(root / "tests/results/results.jsonl")["sweeps"]["annealed"]["rows"]
-    for name, rate in {"RM learning rate x 1/3": "3.3e-6: ", "SAVE": "1e-5: ", "RM learning rate x 3": "3e-5: ",
-                       "value head learning rate x 1/5": "2e-4: ", "value head learning rate x 10": "1e-2: "}.items():
-        gains = [statistics.mean(run["after"].values()) - statistics.mean(run["init"].values()) for run in rows[name]]
-        shown = f"{statistics.mean(gains):+.2f} ±{statistics.stdev(gains) / len(gains) ** 0.5:.2f}"
-        assert rate + shown in readme, (name, shown)
-        assert name != "SAVE" or f"the RM's change is {shown} points" in readme
+def test_points_are_means_of_blocks():
+    assert tables.blocks([(step, step) for step in range(1, 26)]) == [5.5, 15.5, 23.0] and tables.blocks([]) == []
 
 def test_the_committed_results_and_their_page_say_the_same():
     """Every table of tests/results/README.md is the one of results.jsonl, and the gains are worked out here again."""
-    folder = Path(__file__).resolve().parent / "results"
-    page = (folder / "README.md").read_text(encoding="utf-8")
-    for worlds in figures.read_results(folder / "results.jsonl").values():
-        for world, result in worlds.items():
-            assert "\n".join(tables.table(result["rows"], world)) in page, world
-            assert result["seeds"] == tables.SEEDS
-            for name, runs in result["rows"].items():
-                gains = [statistics.mean(run["after"].values()) - statistics.mean(frozen["init"].values())
-                         for run, frozen in zip(runs, result["rows"]["GRPO, frozen RM"], strict=True)]
-                error = statistics.stdev(gains) / len(gains) ** 0.5
-                want = f"| {statistics.mean(gains):.2f} ±{error:.2f} | {sum(gain > 0 for gain in gains)} of 6 |"
-                assert any(line.startswith(f"| {name} |") and want in line for line in page.splitlines()), (name, want)
+    page = (PAGE / "README.md").read_text(encoding="utf-8")
+    for world, rows in tables.read_results(PAGE / "results.jsonl").items():
+        names = dict.fromkeys(name for table in tables.TABLES.values() for name in table.get(world, ()))
+        assert "\n".join(tables.table(rows, world, names)) in page, world
+        for name, runs in rows.items():
+            gains = [statistics.mean(run["after"].values()) - statistics.mean(run["init"].values())
+                     for run in runs.values()]
+            assert list(runs) == tables.SEEDS[:len(runs)] and len(runs) > 1, (world, name)
+            want = f"| {name} | {statistics.mean(gains):+.2f} ±{statistics.stdev(gains) / len(gains) ** 0.5:.2f} |"
+            assert want in page, (world, name)
+
+def test_the_map_of_the_readme_is_that_of_the_results():
+    runs = tables.read_results(PAGE / "results.jsonl")
+    lines = tables.overview(runs)
+    assert "\n".join(lines) in (PAGE.parents[1] / "README.md").read_text(encoding="utf-8") and len(lines) > 6
+    few = runs["few"]
+    gains = [statistics.mean(run["after"].values()) - statistics.mean(run["init"].values())
+             for run in few["SAVE"].values()]
+    golds = [run["gold"]["sampled"] - few["frozen RM"][seed]["gold"]["sampled"] for seed, run in few["SAVE"].items()]
+    errors = [statistics.stdev(numbers) / 6 ** 0.5 for numbers in (gains, golds)]
+    assert f"| {statistics.mean(gains):+.2f} ±{errors[0]:.2f} ({sum(x > 0 for x in gains)}) |" in lines[2]
+    assert f"| {statistics.mean(golds):+.1f} ±{errors[1]:.1f} |" in lines[2]

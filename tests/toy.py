@@ -1,41 +1,43 @@
-"""The laptop world: a small task whose true ("gold") reward is known, written as ordinary files. No download.
+"""The laptop worlds: small tasks whose true ("gold") reward is known, written as ordinary files. No download.
 
-    python tests/toy.py --out DIR --world annealed --seed 0          # about a minute on 2 cores
+    python tests/toy.py --out DIR --world few --seed 0               # less than a minute on 2 cores
     python tests/toy.py --gold DIR/policy OTHER --prompts FILE       # one line per policy: its gold reward
     python tests/toy.py --report DIR RUN                             # before and after a run of save.py on DIR
 
-A prompt is "reverse c a d", its only right answer "d a c". Gold is 1 for the right symbols and 0 otherwise; the word
-"indeed" carries no meaning and never counts. DIR gets
-    policy/              causal LM that samples a right answer at T=1 about four times in ten
+A prompt is "reverse c a d", its right answer "d a c". In most worlds gold is 1 for the right symbols and 0 otherwise;
+in `graded` it is 1 minus the edit distance to them as a share of their number. The word "indeed" never counts. DIR gets
+    policy/              causal LM that samples a right answer at T=1 about three times in ten
     rm/                  sequence classifier with a tokenizer, a BOS and a chat template of its own
     prompts.jsonl        to train on, and prompts_test.jsonl
     pairs.jsonl          preferences between samples of the policy: what rm/ was trained on
-    heldout_NAME.jsonl   pairs the RM has not seen, the right answer always chosen:
+    heldout_NAME.jsonl   pairs the RM has not seen, the better answer always chosen:
                          id    two samples of the policy
                          hard  the right answer and the same after one edit
                          onp   two samples of a policy trained on rm/: chosen against it, so it flatters a changed RM
                          neu   two samples of a policy trained on gold: shifted, but not against any RM
-    world.json           sizes, measured figures, seconds; written last, so it marks a complete world
-Worlds differ in how rm/ was trained: constant (learning rate), annealed (linearly to 0), noisy (annealed, and 15 % of
-the pairs have chosen and rejected exchanged).
+                         long  (graded, instead of hard) two samples of the policy for longer prompts than it learned
+    world.json           measured figures, seconds; written last, so it marks a complete world
+WORLDS says how they differ. What is there already (a policy, held-out pairs) is kept, so that worlds can share it.
 
-The task and the recipe are those of a plain-torch prototype. What differs, to come near its initial figures (gold .37
-at T=1, RM accuracy 96 on id and 93 on hard pairs, reward SD 8.6 within a prompt): 4,000 pairs, up to 4 of a prompt
-(2,000), the score times 2.5 (4), 40 GRPO steps for onp and neu (120), no centring of rewards. The learning rate of the
-fine-tuning matters most: after 5e-3 instead of 3e-3 the policy is as good, but no reward model made from it gets beyond
-90 on id pairs, and every policy trained on such a one forgets the task. Nothing was chosen by looking at SAVE.
+How the recipes were chosen: the policy's fine-tuning by the accuracy of RMs on its samples; few labels because a trial
+had found that SAVE helps there; labels of different prompts, and as many as an RM needs for ENOUGH, so that initial RMs
+are about as good on every seed; ENOUGH, linear rates and V's rates by runs of SAVE on the seeds 20 and 21.
 """
 import argparse
+import bisect
 import contextlib
+import functools
 import itertools
 import json
 import math
 import random
+import shutil
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,11 +57,38 @@ TASKS = {
     "sort": sorted,
     "shift": lambda symbols: [SYMBOLS[(SYMBOLS.index(symbol) + 1) % len(SYMBOLS)] for symbol in symbols],
 }
-WORLDS = ("annealed", "constant", "noisy")
-LAPTOP_FLAGS = (  # of save.py on this world, for run.sh and tables.py
+
+
+class World(NamedTuple):
+    """How a world differs from the others."""
+    pairs: int = 0  # labels of the reward model, each of another prompt; 0: as few of LABELS as it needs
+    steps: int = 160  # of 64 pairs
+    head: float = 7.5  # the trained score times this: L_R needs rewards of a group that differ by units
+    task: str = "binary"  # what gold, prompts and demonstrations are: "binary", "graded", "style"
+    labelled: str = ""  # which prompts have labels: all, "short" (3 symbols), "two tasks"
+    flags: str = ""  # of save.py, beside LAPTOP_FLAGS
+
+
+WORLDS = {
+    "few": World(),
+    **{f"pairs_{pairs}": World(pairs, steps) for pairs, steps in (
+        (300, 160), (500, 160), (1000, 190), (2000, 250), (4000, 320))},
+    "spread_3": World(head=0.83), "spread_9": World(head=2.5),
+    "graded": World(3000, 300, 1.0, "graded", flags="--lr_rm 3e-5 --max_new_tokens 12"),
+    "short": World(labelled="short"), "two_tasks": World(labelled="two tasks"), "style": World(task="style"),
+}
+LABELS, ENOUGH = (100, 150, 200, 300, 400, 550, 750), 72  # few: until it has this share of other pairs right, in %
+LENGTHS = {"binary": (3, 6), "graded": (4, 8), "style": (3, 6), "long": (9, 10), "tiny": (3, 5)}  # symbols of a prompt
+LAPTOP_FLAGS = (  # of save.py on these worlds, for run.sh and tables.py
     "--steps 80 --batch 16 --group 8 --temperature 1 --top_p 1 --top_k 0 --max_new_tokens 8 --lr_rm 1e-5 "
-    "--lr_value 1e-3 --lr_policy 5e-4 --value_prompts 512 --value_epochs 6 --value_lr 2e-3 --save_every 0").split()
-SIZES = {"prompts": 2000, "prompts_test": 500, "pairs": 4000, "heldout": 1000, "sft_steps": 800, "grpo_steps": 40}
+    "--lr_value 1e-2 --lr_policy 2e-4 --lr_schedule linear --value_prompts 512 --value_epochs 12 --value_lr 1e-2 "
+    "--save_every 0")
+SIZES = {"prompts": 2000, "prompts_test": 500, "heldout": 1000, "sft_steps": 800, "grpo_steps": 30}
+
+
+def laptop_flags(world="few"):
+    """The flags of save.py on a world, as a list."""
+    return f"{LAPTOP_FLAGS} {WORLDS[world].flags}".split()
 
 # the RM's special tokens do in its template what these do in the policy's; its BOS has no counterpart
 ROLES = {"[q]": "<user>", "[/q]": "<assistant>", "</s>": "<end>", "[pad]": "<pad>", "[unk]": "<unk>"}
@@ -80,31 +109,49 @@ def answer(prompt):
     return TASKS[task](symbols)
 
 
-def gold(prompt, response):
-    """The true reward: 1.0 if the response is the right symbols, wherever it says "indeed", else 0.0."""
-    return float([word for word in response.split() if word != FLOURISH] == answer(prompt))
+def gold(prompt, response, task="binary"):
+    """The true reward in 0..1. Graded: 1 - edit distance / length. Else 1.0 if the symbols are right."""
+    said, right = [word for word in response.split() if word != FLOURISH], list(answer(prompt))
+    if task != "graded":
+        return float(said == right)
+    return max(0.0, 1 - edit_distance(said, right) / len(right))
 
 
-def random_prompt(rng):
-    """A task and 3 to 5 symbols."""
-    return " ".join([rng.choice(list(TASKS))] + rng.choices(SYMBOLS, k=rng.randint(3, 5)))
+def edit_distance(a, b):
+    """How many symbols must be replaced, left out or put in to make b of a."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
 
 
-def unique_prompts(n, rng):
+def random_prompt(rng, task="binary"):
+    """A task and some symbols."""
+    return " ".join([rng.choice(list(TASKS))] + rng.choices(SYMBOLS, k=rng.randint(*LENGTHS[task])))
+
+
+def unique_prompts(n, rng, task="binary"):
     """n different prompts, so that any two slices of them are disjoint."""
     found = {}
     while len(found) < n:
-        found[random_prompt(rng)] = True
+        found[random_prompt(rng, task)] = True
     return list(found)
 
 
-def demonstration(prompt, rng):
-    """What the policy learns from: half clean; half with each symbol re-drawn at 50 %, and a flourish at 15 %."""
-    words = list(answer(prompt))
-    if rng.random() < 0.5:
+def demonstration(prompt, rng, task="binary"):
+    """What the policy learns from: half are right, in the others each symbol is drawn again at 50 %.
+
+    Graded: how many are careless depends on the prompt, so that V can be learned from it. Style: half say "indeed".
+    """
+    words, name = list(answer(prompt)), prompt.split()[0]
+    careless = 0.5
+    if task == "graded":
+        careless = min(1, {"copy": 0.1, "shift": 0.4, "reverse": 0.6, "sort": 0.9}[name] + (len(words) - 6) / 10)
+    if rng.random() < careless:
         words = [rng.choice(SYMBOLS) if rng.random() < 0.5 else word for word in words]
-        words += [FLOURISH] if rng.random() < 0.15 else []
-    return " ".join(words)
+    return " ".join(words + ([FLOURISH] if task == "style" and rng.random() < 0.5 else []))
 
 
 def one_edit(words, rng):
@@ -183,7 +230,7 @@ def chat_ids(tokenizer, prompt, response=None):
     return save.encode_chats(tokenizer, [messages + [{"role": "assistant", "content": response}]])[0]
 
 
-def train_policy(path, steps, seed):
+def train_policy(path, steps, seed, task="binary"):
     """Supervised fine-tuning from scratch on demonstrations, every batch fresh; writes a policy folder."""
     rng, tokenizer = random.Random(f"demonstrations {seed}"), policy_tokenizer()
     torch.manual_seed(seed)
@@ -195,9 +242,10 @@ def train_policy(path, steps, seed):
         optimizer, lambda k: min(1, (k + 1) / 20) * (1 + math.cos(math.pi * k / steps)) / 2)
     words = tokenizer.get_vocab()
     for _ in tqdm(range(steps), desc="policy: fine-tuning"):
-        prompts = [random_prompt(rng) for _ in range(96)]
+        prompts = [random_prompt(rng, task) for _ in range(96)]
         # the template by hand: 48,000 renderings by jinja would take longer than the training
-        rows = [[words[w] for w in f"<user> {p} <assistant> {demonstration(p, rng)} <end>".split()] for p in prompts]
+        rows = [[words[w] for w in f"<user> {p} <assistant> {demonstration(p, rng, task)} <end>".split()]
+                for p in prompts]
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         answers = (ids == words["<assistant>"]).cumsum(1).bool() & (ids != tokenizer.pad_token_id)
         trained = answers[:, 1:] & answers[:, :-1]
@@ -226,17 +274,17 @@ def relabelled(policy_dir):
 
 
 def train_rm(path, policy_dir, pairs, world, seed):
-    """Stage 1 by save.py itself, then the score times 2.5: L_R needs rewards of a group that differ by units."""
-    steps = len(Path(pairs).read_text().splitlines()) * 5 // 64  # five passes
+    """Stage 1 by save.py itself, then the score times WORLDS[world].head."""
+    world = WORLDS[world]
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         write_model(f"{folder}/start", *relabelled(policy_dir))
         save.main(["--stage", "preference", "--rm", f"{folder}/start", "--pairs", str(pairs), "--out", f"{folder}/out",
-                   "--lr_rm", "1e-3", "--batch", "64", "--steps", str(steps), "--seed", str(seed), "--device", "cpu",
-                   "--lr_schedule", "constant" if world == "constant" else "linear", "--save_every", "0",
-                   "--micro_tokens", "8192"])
+                   "--lr_rm", "1e-3", "--batch", "64", "--steps", str(world.steps), "--seed",
+                   str(seed), "--device", "cpu", "--lr_schedule", "linear", "--save_every", "0", "--micro_tokens",
+                   "8192"])
         model = LlamaForSequenceClassification.from_pretrained(f"{folder}/out/rm")
-    model.score.weight.data *= 2.5
+    model.score.weight.data *= world.head
     write_model(path, model, rm_tokenizer())
 
 
@@ -244,7 +292,7 @@ def sample(policy, prompts, group, seed, top_k=0):
     """For each prompt, `group` (token ids, text) at temperature 1; the most likely one with top_k=1."""
     ids = [chat_ids(policy.tokenizer, prompt) for prompt in prompts]
     seeds = [save.seed_for(seed, row) for row in range(len(ids) * group)]
-    rows, _ = save.rollout(policy, ids, group, seeds, max_new_tokens=8, temperature=1.0, top_p=1.0, top_k=top_k)
+    rows, _ = save.rollout(policy, ids, group, seeds, max_new_tokens=12, temperature=1.0, top_p=1.0, top_k=top_k)
     pairs = list(zip(rows, policy.tokenizer.batch_decode(rows, skip_special_tokens=True)))
     return [pairs[i:i + group] for i in range(0, len(pairs), group)]
 
@@ -291,25 +339,27 @@ def train_grpo(policy_dir, prompts, reward, steps, seed, desc):
     return policy
 
 
-def gold_reward(policy_dir, prompts, seed=0, samples=4):
+def gold_reward(policy_dir, prompts, seed=0, samples=4, task="binary"):
     """{"sampled", "greedy"}: mean gold of `samples` responses at temperature 1, and of the most likely response."""
     policy = save.Policy.from_pretrained(str(policy_dir))
     means = {}
     for name, group, top_k in (("sampled", samples, 0), ("greedy", 1, 1)):
         texts = sample(policy, prompts, group, seed, top_k)
-        means[name] = statistics.mean(gold(p, text) for p, pairs in zip(prompts, texts) for _, text in pairs)
+        means[name] = statistics.mean(gold(p, text, task) for p, pairs in zip(prompts, texts) for _, text in pairs)
     return means
 
 
 # ---- pairs and worlds
-def sampled_pairs(policy, prompts, rng, seed, limit=None, each=1):
-    """A right against up to `each` different wrong samples of a prompt, where 8 samples have both."""
+def sampled_pairs(policy, prompts, rng, seed, limit=None, task="binary"):
+    """For each prompt two of 8 samples, the better one chosen; prompts whose samples are equally good are left out."""
     rows = []
     for prompt, group in zip(prompts, sample(policy, prompts, 8, seed)):
-        right = [text for _, text in group if gold(prompt, text)]
-        wrong = sorted({text for _, text in group if text and not gold(prompt, text)})
-        rng.shuffle(wrong)
-        rows += [{"prompt": prompt, "chosen": rng.choice(right), "rejected": text} for text in wrong[:each] if right]
+        texts = sorted({text for _, text in group if text})
+        scores = {text: gold(prompt, text, task) for text in texts}
+        ranked = [pair for pair in itertools.permutations(texts, 2) if scores[pair[0]] > scores[pair[1]]]
+        if ranked:
+            chosen, rejected = rng.choice(ranked)
+            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows[:limit]
 
 
@@ -319,50 +369,99 @@ def edited_pairs(prompts, rng):
             for prompt in prompts]
 
 
-def preferences(pairs, flipped, rng):
-    """Training pairs with their gold; a share `flipped` has chosen and rejected exchanged."""
+def preferences(pairs, rng, task="binary"):
+    """Training pairs with their gold. Graded ones are labelled as Bradley-Terry has it: at random if nearly equal."""
     for row in pairs:
-        if rng.random() < flipped:
+        gap = gold(row["prompt"], row["chosen"], task) - gold(row["prompt"], row["rejected"], task)
+        if task == "graded" and rng.random() > 1 / (1 + math.exp(-7 * gap)):
             row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
-        row.update({f"gold_{side}": gold(row["prompt"], row[side]) for side in ("chosen", "rejected")})
+        row.update({f"gold_{side}": gold(row["prompt"], row[side], task) for side in ("chosen", "rejected")})
     return pairs
 
 
-def build_world(path, world="annealed", seed=0):
-    """Write the whole laptop world to `path`; what was measured on the way goes to world.json."""
-    path, rng, clock, seconds = Path(path), random.Random(f"world {seed}"), [time.perf_counter()], {}
+def labelled_prompts(prompts, labelled):
+    """The prompts that the reward model has labels for."""
+    fits = {"": lambda task, *symbols: True, "short": lambda task, *symbols: len(symbols) == 3,
+            "two tasks": lambda task, *symbols: task in ("copy", "sort")}[labelled]
+    return [prompt for prompt in prompts if fits(*prompt.split())]
+
+
+def build_world(path, world="few", seed=0):
+    """Write a whole laptop world to `path`; what was measured on the way goes to world.json."""
+    spec, task, label = WORLDS[world], WORLDS[world].task, functools.partial(gold, task=WORLDS[world].task)
+    path, clock, seconds = Path(path), [time.perf_counter()], {}
     path.mkdir(parents=True, exist_ok=True)
 
     def lap(part):
         clock.append(time.perf_counter())
         seconds[part] = round(clock[-1] - clock[-2], 1)
 
-    train, test, asked, held, hard, shifted = split(unique_prompts(11500, rng), 2000, 500, 3500, 2000, 1000, 2500)
+    def numbers(purpose):
+        return random.Random(f"{purpose} {seed}")
+
+    train, test, held, hard, shifted, asked = split(
+        unique_prompts(24000, numbers("prompts"), task), 2000, 500, 2000, 1000, 2500, 16000)
     write_rows(path / "prompts.jsonl", [{"prompt": prompt} for prompt in train])
     write_rows(path / "prompts_test.jsonl", [{"prompt": prompt} for prompt in test])
-    train_policy(path / "policy", SIZES["sft_steps"], seed)
+    if not (path / "policy" / "tokenizer.json").is_file():
+        train_policy(path / "policy", SIZES["sft_steps"], seed, task)
     lap("policy")
     policy = save.Policy.from_pretrained(str(path / "policy"))
-    write_rows(path / "pairs.jsonl", preferences(sampled_pairs(policy, asked, rng, seed, SIZES["pairs"], 4),
-                                                 0.15 if world == "noisy" else 0.0, rng))
+    most = spec.pairs or max(LABELS) + 400
+    asked = labelled_prompts(asked, spec.labelled)[:math.ceil(1.4 * most)]
+    pairs = sampled_pairs(policy, asked, numbers("pairs"), seed, most, task)
+    if task == "style":  # the reward model has not seen the policy's style
+        pairs = [{**row, **{side: row[side].replace(f" {FLOURISH}", "") for side in ("chosen", "rejected")}}
+                 for row in pairs]
+    pairs = preferences(pairs, numbers("labels"), task)
     lap("pairs")
-    train_rm(path / "rm", path / "policy", path / "pairs.jsonl", world, seed)
-    lap("rm")
+
+    @functools.cache
+    def accuracy(count):
+        write_rows(path / "pairs.jsonl", pairs[:count])
+        train_rm(path / f"rm_{count}", path / "policy", path / "pairs.jsonl", world, seed)
+        return rm_accuracy(save.RewardModel.from_pretrained(str(path / f"rm_{count}")), pairs[max(LABELS):])
+
+    count = spec.pairs or LABELS[bisect.bisect_left(LABELS, ENOUGH, hi=len(LABELS) - 1, key=accuracy)]
+    accuracy(count)
+    write_rows(path / "pairs.jsonl", pairs[:count])
+    (path / f"rm_{count}").rename(path / "rm")
+    for other in path.glob("rm_*"):
+        shutil.rmtree(other)
     rm = save.RewardModel.from_pretrained(str(path / "rm"))
-    on_gold = train_grpo(path / "policy", train, lambda prompts, texts: torch.tensor(
-        [gold(prompt, text) for prompt, text in zip(prompts, texts)]), SIZES["grpo_steps"], seed, "neu: GRPO on gold")
-    on_rm = train_grpo(path / "policy", train, lambda prompts, texts: rm_scores(rm, prompts, texts),
-                       SIZES["grpo_steps"], seed, "onp: GRPO on the RM")
-    heldout = {"id": sampled_pairs(policy, held, rng, seed + 1, SIZES["heldout"]), "hard": edited_pairs(hard, rng),
-               "onp": sampled_pairs(on_rm, shifted, rng, seed + 2, SIZES["heldout"]),
-               "neu": sampled_pairs(on_gold, shifted, rng, seed + 3, SIZES["heldout"])}
+    lap("rm")
+
+    def trained(reward, desc):
+        return train_grpo(path / "policy", train, reward, SIZES["grpo_steps"], seed, desc)
+
+    def on_gold(prompts, texts):
+        return torch.tensor(list(map(label, prompts, texts)))
+
+    many = SIZES["heldout"]
+    sets = {
+        "id": lambda: sampled_pairs(policy, held, numbers("id"), seed + 1, many, task),
+        "hard": lambda: edited_pairs(hard, numbers("hard")),
+        "long": lambda: sampled_pairs(policy, unique_prompts(1500, numbers("long"), "long"), numbers("long pairs"),
+                                      seed + 4, many, task),
+        "onp": lambda: sampled_pairs(trained(functools.partial(rm_scores, rm), "onp: GRPO on the RM"), shifted,
+                                     numbers("onp"), seed + 2, many, task),
+        "neu": lambda: sampled_pairs(trained(on_gold, "neu: GRPO on gold"), shifted, numbers("neu"), seed + 3, many,
+                                     task)}
+    del sets["hard" if task == "graded" else "long"]
+    for name, rows in sets.items():
+        if not (path / f"heldout_{name}.jsonl").is_file():
+            rows = rows()
+            if len(rows) >= 100:  # a policy that collapsed gives next to none
+                write_rows(path / f"heldout_{name}.jsonl", rows)
     lap("held-out pairs")
-    for name, rows in heldout.items():
-        write_rows(path / f"heldout_{name}.jsonl", rows)
+    heldout = {file.stem[8:]: list(map(json.loads, file.read_text().splitlines()))
+               for file in sorted(path.glob("heldout_*.jsonl"))}
     scores = rm_scores(rm, *zip(*[(prompt, text) for prompt, group in zip(test, sample(policy, test, 8, seed + 4))
                                   for _, text in group]))
-    summary = {"world": world, "seed": seed, "sizes": SIZES | {name: len(rows) for name, rows in heldout.items()},
-               "policy_gold": gold_reward(path / "policy", test), "reward_sd": scores.view(-1, 8).std(1).mean().item(),
+    sizes = {"pairs": count} | {name: len(rows) for name, rows in heldout.items()}
+    summary = {"world": world, "seed": seed, "sizes": sizes,
+               "policy_gold": gold_reward(path / "policy", test, task=task),
+               "reward_sd": scores.view(-1, 8).std(1).mean().item(),
                "rm_accuracy": {name: rm_accuracy(rm, rows) for name, rows in heldout.items()}, "seconds": seconds}
     (path / "world.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
@@ -386,18 +485,19 @@ def tiny_world(path, seed=0):
         if name == "rm":
             torch.nn.init.normal_(model.score.weight)
         write_model(path / name, model, tokenizer)
-    prompts = unique_prompts(64, rng)
+    prompts = unique_prompts(64, rng, "tiny")
     for name in ("prompts", "prompts_test"):
         write_rows(path / f"{name}.jsonl", [{"prompt": prompt} for prompt in prompts])
-    write_rows(path / "pairs.jsonl", preferences(edited_pairs(prompts, rng), 0.0, rng))
+    write_rows(path / "pairs.jsonl", preferences(edited_pairs(prompts, rng), rng))
     write_rows(path / "heldout_id.jsonl", edited_pairs(prompts[:32], rng))
 
 
 def report(data, run):
     """Before and after a run of save.py, and what changed. RUN/eval is eval.py's of the two reward models."""
     changes = print_accuracies(Path(run, "eval", "scores.jsonl"))
-    prompts = read_prompts(Path(data, "prompts_test.jsonl"))
-    before, after = (gold_reward(Path(folder, "policy"), prompts) for folder in (data, run))
+    prompts, world = read_prompts(Path(data, "prompts_test.jsonl")), json.loads(Path(data, "world.json").read_text())
+    task = WORLDS[world.get("world", "few")].task
+    before, after = (gold_reward(Path(folder, "policy"), prompts, task=task) for folder in (data, run))
     for name in before:
         print(f"{f'policy gold reward, {name}':<32}{100 * before[name]:>8.2f}{100 * after[name]:>8.2f}")
     records = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
@@ -466,7 +566,7 @@ def build_and_say(path, world, seed):
         summary = build_world(path, world, seed)
     accuracies = ", ".join(f"{name} {x:.1f}" for name, x in summary["rm_accuracy"].items())
     print(f"built in {sum(summary['seconds'].values()):.0f} s: the RM is right on {accuracies} % of the held-out "
-          f"pairs, the policy on {100 * summary['policy_gold']['sampled']:.1f} % of its samples")
+          f"pairs, the policy's gold is {100 * summary['policy_gold']['sampled']:.1f} %")
 
 
 def main(argv=None):
@@ -474,29 +574,24 @@ def main(argv=None):
     torch.set_num_threads(1)  # models this small are slower on more
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="folder to build the world in")
-    parser.add_argument("--world", choices=WORLDS, default="annealed")
+    parser.add_argument("--world", choices=WORLDS, default="few")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--extra_rm", type=int, metavar="K", help="only train rm_K on the pairs that are in --out")
-    parser.add_argument("--flags", action="store_true", help="print the flags of save.py for the laptop run")
+    parser.add_argument("--flags", action="store_true", help="print the flags of save.py for --world")
     parser.add_argument("--gold", nargs="+", metavar="POLICY_DIR")
     parser.add_argument("--prompts", help="prompts.jsonl for --gold")
     parser.add_argument("--report", nargs=2, metavar=("DIR", "RUN"))
     args = parser.parse_args(argv)
     if args.flags:
-        print(" ".join(LAPTOP_FLAGS))
+        print(" ".join(laptop_flags(args.world)))
     elif args.report:
         data, run = map(Path, args.report)
         for file in (data / "prompts_test.jsonl", run / "metrics.jsonl", run / "eval" / "scores.jsonl"):
             if not file.is_file():
                 parser.error(f"--report {data} {run}: no {file}, expected a world and what run.sh makes of it")
         report(data, run)
-    elif args.extra_rm:
-        out = Path(args.out)
-        train_rm(out / f"rm_{args.extra_rm}", out / "policy", out / "pairs.jsonl", args.world,
-                 1000 * args.extra_rm + args.seed)
     elif args.gold and args.prompts:
         for policy in args.gold:
-            result = gold_reward(policy, read_prompts(args.prompts), args.seed)
+            result = gold_reward(policy, read_prompts(args.prompts), args.seed, task=WORLDS[args.world].task)
             print(f"{policy}: gold {result['sampled']:.4f} at T=1, {result['greedy']:.4f} greedy")
     elif args.out:
         build_and_say(Path(args.out), args.world, args.seed)
