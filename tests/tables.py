@@ -248,8 +248,8 @@ CELLS = {  # the map of README.md
     "few": "few labels, spread 30: the laptop run",
     "spread_9": "few labels, spread 9", "spread_3": "few labels, spread 3",
     "pairs_300": "300 labels, spread 30", "pairs_1000": "1,000 labels", "pairs_4000": "4,000 labels",
-    "graded": "graded quality, 3,000 noisy labels, spread 1", "short": "few labels, of prompts with 3 symbols",
-    "two_tasks": "few labels, of two of the four tasks", "style": "few labels, of another style than the policy's"}
+    "graded": "graded quality, spread 1", "short": "few labels, of short prompts",
+    "two_tasks": "few labels, of two of four tasks", "style": "few labels, of another style"}
 
 
 def overview(runs):
