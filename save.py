@@ -675,7 +675,7 @@ def value_stage(run, prompts):
         batches.append((batch.rewards, batch.features, batch.usable))
     data = rewards, features, usable = [torch.cat(tensors) for tensors in zip(*batches)]
     run.optimizers["value"] = ShardedAdamW(run.rm.value_head, cfg.value_lr, cfg)
-    tenth = count // 10  # prompts kept out of the fit
+    tenth = count // 10  # kept out of the fit (of fewer than 10: none)
     parts = torch.arange(count - tenth).split(cfg.value_batch) * cfg.value_epochs
     for done, part in enumerate(parts):
         run.lr_scale = 1 - (cfg.lr_schedule == "linear") * done / len(parts)
@@ -697,7 +697,9 @@ def diagnose(run, rewards, features, usable):
         log.put(value_r2=1 - error / variance)
     threshold = curriculum_threshold(1, run.cfg.steps, run.cfg.m0)
     positive, negative, _ = partition(rm_advantages(rewards, values), threshold, usable)
-    log.put(reward_spread=rewards.std(1).mean(), kept=(positive | negative).float().mean())
+    log.put(kept=(positive | negative).float().mean())
+    if rewards.shape[1] > 1:
+        log.put(reward_spread=rewards.std(1).mean())
     rewards = rewards.clone().requires_grad_()
     loss = contrastive_loss(rewards, values, positive, negative)
     log.put(common_push=torch.autograd.grad(loss, rewards)[0].sum())

@@ -300,6 +300,13 @@ def main(argv=None):
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args, extra = parser.parse_known_args(argv)  # the rest goes to save.py
+    known = dict.fromkeys(name for rows in TABLES[args.table].values() for name in rows)
+    unknown = [name for name in args.rows or () if name not in known]
+    if unknown:
+        parser.error(f"--rows {' '.join(unknown)}: expected rows of {args.table}: {', '.join(known)}")
+    if not set(args.worlds or ()) <= TABLES[args.table].keys():
+        parser.error(f"--worlds {' '.join(args.worlds)}: expected worlds of {args.table}: "
+                     f"{' '.join(TABLES[args.table])}")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of short texts cost more than they bring
     out, worlds = Path(args.out), args.worlds or TABLES[args.table]
     todo = [(world, seed) for world in worlds for seed in args.seeds]

@@ -195,3 +195,33 @@ def test_the_map_of_the_readme_is_that_of_the_results():
     errors = [statistics.stdev(numbers) / 6 ** 0.5 for numbers in (gains, golds)]
     assert f"| {statistics.mean(gains):+.2f} ±{errors[0]:.2f} ({sum(x > 0 for x in gains)}) |" in lines[2]
     assert f"| {statistics.mean(golds):+.1f} ±{errors[1]:.1f} |" in lines[2]
+
+@pytest.mark.parametrize("words, said", [
+    (["labels", "--rows", "SAVE", "save"], "--rows save: expected rows of labels: frozen RM, SAVE,"),
+    (["shift", "--worlds", "few"], "--worlds few: expected worlds of shift: short two_tasks style")])
+def test_unknown_rows_and_worlds_are_refused(tmp_path, capsys, words, said):
+    with pytest.raises(SystemExit, match="2"):
+        tables.main([*words, "--out", str(tmp_path / "out")])
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+def test_a_world_whose_building_was_killed_is_built_again(tmp_path, monkeypatch):
+    """The fewest labels that are enough, by bisection; then the same once more over what is there."""
+    toy.tiny_world(tmp_path / "tiny")
+    asked = []
+
+    def train_rm(path, policy, pairs, world, seed):
+        asked.append(len(toy.read_prompts(pairs)))
+        tables.shutil.copytree(tmp_path / "tiny" / "rm", path)
+    copytree = tables.shutil.copytree
+    monkeypatch.setattr(toy, "train_policy", lambda path, *_: copytree(tmp_path / "tiny" / "policy", path))
+    monkeypatch.setattr(toy, "train_rm", train_rm)
+    monkeypatch.setattr(toy, "rm_accuracy", lambda rm, rows: 71 if asked[-1] < 300 else 73)
+    monkeypatch.setattr(toy, "train_grpo", lambda policy, *_: save.Policy.from_pretrained(str(policy)))
+    monkeypatch.setattr(toy, "sampled_pairs", lambda policy, prompts, rng, seed, limit=None, task="binary":
+                        toy.edited_pairs(prompts[:limit], rng))
+    for _ in range(2):
+        asked.clear()
+        assert toy.build_world(tmp_path / "world", "few", 5)["sizes"]["pairs"] == 300
+        assert asked == [300, 150, 200] and len(toy.read_prompts(tmp_path / "world" / "pairs.jsonl")) == 300
+        assert not [*(tmp_path / "world").glob("rm_*")] and (tmp_path / "world" / "rm" / "config.json").is_file()
+        (tmp_path / "world" / "world.json").unlink()

@@ -403,3 +403,10 @@ def test_the_common_push_of_a_step_is_that_of_the_closed_form(tmp_path):
     up, down = ((weights * side).sum(1)[valid] for side in (positive, negative))
     want = (down / (1 + down) - 1 / (1 + up)).mean().item()
     assert run.log.record["common_push"] == pytest.approx(want, abs=1e-5) and abs(want) > 1e-3
+
+
+def test_stage_value_with_one_response_has_no_spread_and_no_bad_number(tmp_path):
+    run, prompts, _ = make_run(tmp_path, value_prompts=4, value_k=1, value_epochs=1)
+    save.value_stage(run, prompts)
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert "reward_spread" not in record and all(math.isfinite(x) for x in record.values() if isinstance(x, float))

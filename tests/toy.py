@@ -425,6 +425,7 @@ def build_world(path, world="few", seed=0):
     count = spec.pairs or LABELS[bisect.bisect_left(LABELS, ENOUGH, hi=len(LABELS) - 1, key=accuracy)]
     accuracy(count)
     write_rows(path / "pairs.jsonl", pairs[:count])
+    shutil.rmtree(path / "rm", ignore_errors=True)  # of a build that was killed
     (path / f"rm_{count}").rename(path / "rm")
     for other in path.glob("rm_*"):
         shutil.rmtree(other)
