@@ -33,7 +33,9 @@ laptop() {
   local data=$out/$world-$seed run=$out/$world-$seed-save
   while [ -e "$run" ]; do run=$data-save-$((again++)); done
   [ "$again" = 2 ] || echo "$data-save is an earlier result and stays: this one goes to $run"
-  [ -f "$data/world.json" ] || "$PYTHON" tests/toy.py --out "$data" --world "$world" --seed "$seed"
+  # three times the held-out pairs of the map: one seed must tell a gain from chance
+  [ -f "$data/world.json" ] ||
+    "$PYTHON" tests/toy.py --out "$data" --world "$world" --seed "$seed" --heldout 3000
   # the console gets the numbers, files are the logs; Ctrl-C is for save.py to answer
   "$PYTHON" save.py --policy "$data/policy" --rm "$data/rm" --prompts "$data/prompts.jsonl" --out "$run" \
     --heldout "$data"/heldout_*.jsonl --eval_every 10 $("$PYTHON" tests/toy.py --flags --world "$world") --seed "$seed" "$@" |
@@ -50,7 +52,8 @@ case "${1:-}" in
     setup
     PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True "$PYTHON" -m torch.distributed.run --standalone \
       --nproc-per-node 4 save.py --out "${OUT:-runs/paper}" --seed "${SEED:-0}" "${@:2}" ;;
-  compare) setup; "$PYTHON" tests/tables.py compare --seeds "${SEED:-0}" --out "${OUT:-runs/compare}" "${@:2}" ;;
+  compare) setup
+    "$PYTHON" tests/tables.py compare --seeds "${SEED:-0}" --heldout 3000 --out "${OUT:-runs/compare}" "${@:2}" ;;
   tables) setup; "$PYTHON" tests/tables.py --out "${OUT:-runs/map}" "${@:2}" ;;
   figures) setup; "$PYTHON" tests/figures.py --out "${OUT:-runs/map}" "${@:2}" ;;
   *) echo "run.sh: $1: expected nothing, test, paper, compare, tables, figures or flags of save.py" >&2; exit 2 ;;

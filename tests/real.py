@@ -82,6 +82,7 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/real")
     parser.add_argument("--rm", help="a reward model folder instead of the preference stage")
     parser.add_argument("--head", type=float, default=1.0, help="factor of the reward head")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--jobs", type=int, default=1, help="methods trained side by side")
     args, flags = parser.parse_known_args(argv)  # the rest goes to save.py's joint training
@@ -102,9 +103,10 @@ def main(argv=None):
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda method: call(*METHODS[method], "--stage", "save", "--rm", out / "value" / "rm", "--out",
                                           out / method, *common),
-                      [method for method in METHODS if not (out / method / "rm").is_dir()]))
-    call("eval.py", "--rm", out / "value" / "rm", *(out / method / "rm" for method in METHODS), "--bench", heldout,
-         *size["bench"], "--data", args.data, "--out", out / "eval")
+                      [method for method in args.methods if not (out / method / "rm").is_dir()]))
+    trained = [out / method / "rm" for method in args.methods]
+    call("eval.py", "--rm", out / "value" / "rm", *trained, "--bench", heldout, *size["bench"], "--data", args.data,
+         "--out", out / "eval")
 
 
 if __name__ == "__main__":

@@ -95,15 +95,18 @@ def call(script, *words):
             raise RuntimeError(f"{script} {' '.join(map(str, words))}: exit code {stop.code}, see {log}") from None
 
 
-def build(out, world, seed):
-    """The folder of a world with a value head, DIR/value/rm. What `few` has of the same seed is taken from there."""
+def build(out, world, seed, heldout=()):
+    """The folder of a world with a value head, DIR/value/rm. What `few` has of the same seed is taken from there.
+
+    heldout: how many pairs a held-out set of a world that is built has, as words for toy.py.
+    """
     data, few = out / f"{world}-{seed}", out / f"few-{seed}"
     if not (data / "world.json").is_file():
         if toy.WORLDS[world].task == "binary" and (few / "world.json").is_file():
             shutil.copytree(few / "policy", data / "policy", dirs_exist_ok=True)
             for name in ("id", "hard", "neu"):
                 shutil.copy(few / f"heldout_{name}.jsonl", data)
-        call("tests/toy.py", "--out", data, "--world", world, "--seed", seed)
+        call("tests/toy.py", "--out", data, "--world", world, "--seed", seed, *heldout)
     if not (data / "value" / "rm" / "value_head.safetensors").is_file():
         shutil.rmtree(data / "value", ignore_errors=True)
         call("save.py", "--stage", "value", "--rm", data / "rm", *common(data, world, seed), "--out", data / "value")
@@ -177,13 +180,13 @@ def blocks(points):
     return [statistics.mean(numbers) for _, numbers in sorted(by_block.items())]
 
 
-def one_seed(out, world, seed, rows, extra):
+def one_seed(out, world, seed, rows, extra, heldout=()):
     """All rows of a world and seed, one after the other, in a process of its own."""
     torch.set_num_threads(1)  # models this small are slower on two
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     EXTRA[:] = extra
-    data = build(out, world, seed)
+    data = build(out, world, seed, heldout)
     for flags in rows.values():
         run_row(data, world, seed, flags)
 
@@ -298,6 +301,7 @@ def main(argv=None):
     parser.add_argument("--worlds", nargs="+", choices=toy.WORLDS)
     parser.add_argument("--rows", nargs="+", help="by name; frozen RM, SAVE, ...")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--heldout", type=int, help="pairs of a held-out set of the worlds that are built")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args, extra = parser.parse_known_args(argv)  # the rest goes to save.py
     known = dict.fromkeys(name for rows in TABLES[args.table].values() for name in rows)
@@ -308,6 +312,7 @@ def main(argv=None):
         parser.error(f"--worlds {' '.join(args.worlds)}: expected worlds of {args.table}: "
                      f"{' '.join(TABLES[args.table])}")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of short texts cost more than they bring
+    heldout = ["--heldout", args.heldout] if args.heldout else []
     out, worlds = Path(args.out), args.worlds or TABLES[args.table]
     todo = [(world, seed) for world in worlds for seed in args.seeds]
     with tqdm(total=len(todo), desc=args.table, unit="world") as bar, \
@@ -316,7 +321,7 @@ def main(argv=None):
         for world, seed in todo:
             rows = {name: flags for name, flags in TABLES[args.table][world].items()
                     if not args.rows or name in args.rows}
-            futures.append(pool.submit(one_seed, out, world, seed, rows, extra))
+            futures.append(pool.submit(one_seed, out, world, seed, rows, extra, heldout))
         for future in concurrent.futures.as_completed(futures):
             if future.exception():
                 pool.shutdown(cancel_futures=True)  # what is done is kept for the next call

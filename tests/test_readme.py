@@ -179,7 +179,7 @@ def test_run_sh(folder, tmp_path):
     ("paper --algo rloo", "-m torch.distributed.run --standalone --nproc-per-node 4 save.py --out OUT --seed 3 "
                           "--algo rloo"),
     ("tables labels --jobs 2", "tests/tables.py --out OUT labels --jobs 2"),
-    ("compare --jobs 1", "tests/tables.py compare --seeds 3 --out OUT --jobs 1"),
+    ("compare --jobs 1", "tests/tables.py compare --seeds 3 --heldout 3000 --out OUT --jobs 1"),
     ("figures", "tests/figures.py --out OUT"),
 ])
 def test_what_run_sh_starts(words, command):

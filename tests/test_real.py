@@ -62,8 +62,9 @@ def test_real_trains_every_method_from_one_reward_model_and_judges_all(world, tm
     assert (out / "preference").exists() is not given_rm
     shutil.rmtree(out / "eval")
     monkeypatch.setitem(scripts, "save.py", lambda words: pytest.fail("a finished stage ran again"))
-    real.main(list(map(str, words)))
-    assert (out / "eval" / "results.json").is_file()
+    real.main(list(map(str, [*words, "--methods", "hl_bt", "save"])))
+    results = json.loads((out / "eval" / "results.json").read_text())
+    assert [*results] == [str(out / name / "rm") for name in ("value", "hl_bt", "save")]
 
 
 def test_without_takes_one_technique_out_of_the_code_as_it_is(world):

@@ -225,3 +225,12 @@ def test_a_world_whose_building_was_killed_is_built_again(tmp_path, monkeypatch)
         assert asked == [300, 150, 200] and len(toy.read_prompts(tmp_path / "world" / "pairs.jsonl")) == 300
         assert not [*(tmp_path / "world").glob("rm_*")] and (tmp_path / "world" / "rm" / "config.json").is_file()
         (tmp_path / "world" / "world.json").unlink()
+    many = toy.build_world(tmp_path / "many", "few", 5, 1500)["sizes"]
+    assert many == {"pairs": 300, "hard": 1500, "id": 1500, "neu": 1500, "onp": 1500}
+    for name in ("pairs", "heldout_hard", "heldout_id", "heldout_neu"):  # more pairs, and nothing else
+        rows = (tmp_path / "many" / f"{name}.jsonl").read_text().splitlines()
+        assert rows[:1000] == (tmp_path / "world" / f"{name}.jsonl").read_text().splitlines()
+
+def test_worlds_are_built_with_as_many_heldout_pairs_as_asked(tmp_path, quick):
+    run(tmp_path, "compare", "--seeds", 10, "--rows", "frozen RM", "--heldout", 3000)
+    assert [call[-2:] for call in quick if call[0] == "tests/toy.py"] == [["--heldout", "3000"]]

@@ -83,7 +83,7 @@ LAPTOP_FLAGS = (  # of save.py on these worlds, for run.sh and tables.py
     "--steps 80 --batch 16 --group 8 --temperature 1 --top_p 1 --top_k 0 --max_new_tokens 8 --lr_rm 1e-5 "
     "--lr_value 1e-2 --lr_policy 2e-4 --lr_schedule linear --value_prompts 512 --value_epochs 12 --value_lr 1e-2 "
     "--save_every 0")
-SIZES = {"prompts": 2000, "prompts_test": 500, "heldout": 1000, "sft_steps": 800, "grpo_steps": 30}
+SIZES = {"heldout": 1000, "sft_steps": 800, "grpo_steps": 30}
 
 
 def laptop_flags(world="few"):
@@ -386,8 +386,13 @@ def labelled_prompts(prompts, labelled):
     return [prompt for prompt in prompts if fits(*prompt.split())]
 
 
-def build_world(path, world="few", seed=0):
-    """Write a whole laptop world to `path`; what was measured on the way goes to world.json."""
+def build_world(path, world="few", seed=0, many=None):
+    """Write a whole laptop world to `path`; what was measured on the way goes to world.json.
+
+    many: pairs of a held-out set. More of them leave the rest of the world as it is.
+    """
+    many = many or SIZES["heldout"]
+    more = max(0, many - SIZES["heldout"])
     spec, task, label = WORLDS[world], WORLDS[world].task, functools.partial(gold, task=WORLDS[world].task)
     path, clock, seconds = Path(path), [time.perf_counter()], {}
     path.mkdir(parents=True, exist_ok=True)
@@ -399,8 +404,10 @@ def build_world(path, world="few", seed=0):
     def numbers(purpose):
         return random.Random(f"{purpose} {seed}")
 
-    train, test, held, hard, shifted, asked = split(
-        unique_prompts(24000, numbers("prompts"), task), 2000, 500, 2000, 1000, 2500, 16000)
+    train, test, held, hard, shifted, asked, *others = split(
+        unique_prompts(24000 + 11 * more // 2, numbers("prompts"), task), 2000, 500, 2000, 1000, 2500, 16000,
+        2 * more, more, 5 * more // 2)
+    held, hard, shifted = (some + rest for some, rest in zip((held, hard, shifted), others))
     write_rows(path / "prompts.jsonl", [{"prompt": prompt} for prompt in train])
     write_rows(path / "prompts_test.jsonl", [{"prompt": prompt} for prompt in test])
     if not (path / "policy" / "tokenizer.json").is_file():
@@ -438,11 +445,10 @@ def build_world(path, world="few", seed=0):
     def on_gold(prompts, texts):
         return torch.tensor(list(map(label, prompts, texts)))
 
-    many = SIZES["heldout"]
     sets = {
         "id": lambda: sampled_pairs(policy, held, numbers("id"), seed + 1, many, task),
         "hard": lambda: edited_pairs(hard, numbers("hard")),
-        "long": lambda: sampled_pairs(policy, unique_prompts(1500, numbers("long"), "long"), numbers("long pairs"),
+        "long": lambda: sampled_pairs(policy, unique_prompts(3 * many // 2, numbers("long"), "long"), numbers("long pairs"),
                                       seed + 4, many, task),
         "onp": lambda: sampled_pairs(trained(functools.partial(rm_scores, rm), "onp: GRPO on the RM"), shifted,
                                      numbers("onp"), seed + 2, many, task),
@@ -559,12 +565,12 @@ def trend(values):
     return f"{marks}  {values[0]:.2f} to {values[-1]:.2f}"
 
 
-def build_and_say(path, world, seed):
+def build_and_say(path, world, seed, many):
     """Build a world; what the training says goes to build.log, two lines to the console."""
     path.mkdir(parents=True, exist_ok=True)
     print(f"building the laptop world {world}, seed {seed}, in {path} (its log: {path / 'build.log'})", flush=True)
     with open(path / "build.log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        summary = build_world(path, world, seed)
+        summary = build_world(path, world, seed, many)
     accuracies = ", ".join(f"{name} {x:.1f}" for name, x in summary["rm_accuracy"].items())
     print(f"built in {sum(summary['seconds'].values()):.0f} s: the RM is right on {accuracies} % of the held-out "
           f"pairs, the policy's gold is {100 * summary['policy_gold']['sampled']:.1f} %")
@@ -577,6 +583,7 @@ def main(argv=None):
     parser.add_argument("--out", help="folder to build the world in")
     parser.add_argument("--world", choices=WORLDS, default="few")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--heldout", type=int, help=f"pairs of a held-out set, at most [{SIZES['heldout']}]")
     parser.add_argument("--flags", action="store_true", help="print the flags of save.py for --world")
     parser.add_argument("--gold", nargs="+", metavar="POLICY_DIR")
     parser.add_argument("--prompts", help="prompts.jsonl for --gold")
@@ -595,7 +602,7 @@ def main(argv=None):
             result = gold_reward(policy, read_prompts(args.prompts), args.seed, task=WORLDS[args.world].task)
             print(f"{policy}: gold {result['sampled']:.4f} at T=1, {result['greedy']:.4f} greedy")
     elif args.out:
-        build_and_say(Path(args.out), args.world, args.seed)
+        build_and_say(Path(args.out), args.world, args.seed, args.heldout)
     else:
         parser.error("give --out DIR, or --gold DIR ... --prompts FILE, or --report DIR RUN")
 
