@@ -777,8 +777,8 @@ class ShardedAdamW:
 
     def step(self, lr_scale=1.0):
         """One step from p.grad, the same on every rank. Returns the gradient norm before clipping."""
-        grads = [p.grad for _, p in self.named if p.grad is not None]
-        norm = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]).norm().item()
+        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for _, p in self.named if p.grad is not None]
+        norm = torch.stack(norms).norm().item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm}, nothing was updated")
         scale = min(1.0, self.max_norm / (norm + 1e-6))  # as torch clips
@@ -1207,9 +1207,9 @@ def memory_needed(run, tokens):
         sizes = {key: p.nbytes for key, p in getattr(run, name).model.named_parameters()}
         masters = sum(p.nbytes for p in optimizer.masters.values() if not cfg.offload)
         always += 2 * masters  # moments
-        # inputs of all layers, as much within one
+        # inputs of all layers, as much within one; then fp32 gradients take the place of the model's
         width = 2 * sum(size for key, size in sizes.items() if "input_layernorm.weight" in key)
-        more[f"{name}_update"] = sum(sizes.values()) + max(masters, width * min(cfg.micro_tokens, tokens))
+        more[f"{name}_update"] = max(masters, sum(sizes.values()) + width * min(cfg.micro_tokens, tokens))
     return {"always": always, **{phase: always + x for phase, x in more.items()}}
 
 def check_memory(run, tokens):

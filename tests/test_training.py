@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import statistics
+import weakref
 
 import pytest
 import torch
@@ -51,6 +52,18 @@ def test_sharded_adamw_is_adamw_with_clipping():
     assert min(norms) < 1 < max(norms) and all(p.grad is None for p in ours.parameters())
     same(weights(ours), weights(plain), 1e-6)
     assert not any(torch.equal(p, before[name]) for name, p in ours.named_parameters())
+
+
+def test_a_models_gradients_are_gone_when_adamw_steps():
+    """Each makes room for its fp32 copy: two bytes a parameter that set the peak of an update."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).bfloat16()
+    optimizer, alive = save.ShardedAdamW(model, 1e-2, CPU), []
+    model(torch.ones(2, 3, dtype=torch.bfloat16)).sum().backward()
+    gradients = [weakref.ref(p.grad) for p in model.parameters()]
+    step = optimizer.adamw.step
+    optimizer.adamw.step = lambda: (alive.extend(ref() is not None for ref in gradients), step())
+    optimizer.step()
+    assert alive == [False] * 4
 
 
 def test_masters_move_where_bf16_weights_cannot():
