@@ -218,16 +218,28 @@ def mean_and_error(values, sign="", digits=2):
     return f"{statistics.mean(values):{sign}.{digits}f}{error}"
 
 
-def gain(run):
-    """The change of the mean accuracy over the held-out sets, in points."""
-    return statistics.mean(run["after"].values()) - statistics.mean(run["init"].values())
+def initial_accuracy(rows):
+    """{seed: mean accuracy over the held-out sets of the world's RM} from its first row, the frozen RM if that was run.
+
+    Not every row starts from it: PRIME's reward model is at first a policy, which tells no pair apart.
+    """
+    accuracy = {}
+    for row in rows.values():
+        for seed, run in row.items():
+            accuracy.setdefault(seed, statistics.mean(run["init"].values()))
+    return accuracy
+
+
+def gains_of(row, initial):
+    """What each seed's run ends above the initial RM, mean accuracy over the held-out sets, in points."""
+    return [statistics.mean(run["after"].values()) - initial[seed] for seed, run in row.items()]
 
 
 def table(runs, world, names):
     """Markdown lines: the rows of one world that have been run, each over its own seeds, which it names."""
     rows = {name: runs[name] for name in names if runs.get(name)}
     frozen = rows.get("frozen RM", {})
-    initial = {seed: statistics.mean(run["init"].values()) for row in rows.values() for seed, run in row.items()}
+    initial = initial_accuracy(rows)
     about = {seed: run["value"] for row in rows.values() for seed, run in row.items()}
     what = ", ".join(f"{label} {statistics.mean(x[key] for x in about.values() if key in x):.2f}" for key, label in (
         ("value_r2", "R2 of V"), ("reward_spread", "SD in a group"), ("kept", "kept"), ("common_push", "common push"))
@@ -235,7 +247,7 @@ def table(runs, world, names):
     lines = [f"| {world}: initial RM {mean_and_error(list(initial.values()))} %; {what} | RM gain | better | "
              "gold | minus frozen RM's | gold, greedy | spread x | seeds |", "|---" * 8 + "|"]
     for name, row in rows.items():
-        gains, golds = [gain(run) for run in row.values()], [run["gold"]["sampled"] for run in row.values()]
+        gains, golds = gains_of(row, initial), [run["gold"]["sampled"] for run in row.values()]
         pairs = [run["gold"]["sampled"] - frozen[seed]["gold"]["sampled"]
                  for seed, run in row.items() if seed in frozen]
         spread = [run["end"]["deflation"] for run in row.values() if "deflation" in run["end"]]
@@ -261,10 +273,10 @@ def overview(runs):
     for world in filter(runs.get, CELLS):
         rows = runs[world]
         if all(rows.get(name) for name in ("frozen RM", "SAVE", "HL-BT", "centred")):
-            frozen = rows["frozen RM"]
-            cells = [mean_and_error([statistics.mean(run["init"].values()) for run in frozen.values()], digits=1)]
+            frozen, initial = rows["frozen RM"], initial_accuracy(rows)
+            cells = [mean_and_error(list(initial.values()), digits=1)]
             for name in ("SAVE", "HL-BT", "centred"):
-                gains = list(map(gain, rows[name].values()))
+                gains = gains_of(rows[name], initial)
                 cells.append(f"{mean_and_error(gains, '+')} ({sum(x > 0 for x in gains)})")
             cells.append(f"{statistics.mean(run['gold']['sampled'] for run in frozen.values()):.1f}")
             cells += [mean_and_error([run["gold"]["sampled"] - frozen[seed]["gold"]["sampled"]

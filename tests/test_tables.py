@@ -66,8 +66,8 @@ def test_every_row_runs_once(tmp_path, quick, table, world):
     lines = (tmp_path / "results.md").read_text().splitlines()
     assert len({line.count("|") for line in lines if line}) == 1
     for name in rows:
-        gains = [statistics.mean(r["after"].values()) - statistics.mean(r["init"].values())
-                 for r in runs[name].values()]
+        gains = [statistics.mean(r["after"].values()) - statistics.mean(runs["frozen RM"][seed]["init"].values())
+                 for seed, r in runs[name].items()]
         error = statistics.stdev(gains) / 2 ** 0.5
         [line] = [line for line in lines if line.startswith(f"| {name} |")]
         assert line.split(" | ")[1:3] == [f"{statistics.mean(gains):+.2f} ±{error:.2f}",
@@ -152,6 +152,9 @@ def test_a_table_by_hand():
     head, _, frozen, ours = tables.table(runs, "few", ["frozen RM", "not run", "SAVE"])
     assert "initial RM 65.00 ±0.00 %; R2 of V 0.25, SD in a group 3.00, kept 0.50, common push 0.10" in head
     assert ours == "| SAVE | -1.00 ±2.00 | 1 of 2 | 35.00 ±15.00 | +15.00 ±5.00 | 1.00 ±0.00 | 0.50 | 1 to 2 |"
+    runs["PRIME"] = {seed: {**run, "init": {"a": 0.0, "b": 0.0}} for seed, run in runs["SAVE"].items()}
+    *_, prime = tables.table(runs, "few", ["frozen RM", "SAVE", "PRIME"])  # against the same RM, not its own start
+    assert prime == ours.replace("SAVE", "PRIME")
     assert frozen == "| frozen RM | +0.00 ±0.00 | 0 of 2 | 20.00 ±10.00 |  | 1.00 ±0.00 | 0.50 | 1 to 2 |"
 
 def test_the_figure_from_a_results_file(tmp_path):
@@ -178,8 +181,8 @@ def test_the_committed_results_and_their_page_say_the_same():
         names = dict.fromkeys(name for table in tables.TABLES.values() for name in table.get(world, ()))
         assert "\n".join(tables.table(rows, world, names)) in page, world
         for name, runs in rows.items():
-            gains = [statistics.mean(run["after"].values()) - statistics.mean(run["init"].values())
-                     for run in runs.values()]
+            gains = [statistics.mean(run["after"].values()) -
+                     statistics.mean(rows["frozen RM"][seed]["init"].values()) for seed, run in runs.items()]
             assert list(runs) == tables.SEEDS[:len(runs)] and len(runs) > 1, (world, name)
             want = f"| {name} | {statistics.mean(gains):+.2f} ±{statistics.stdev(gains) / len(gains) ** 0.5:.2f} |"
             assert want in page, (world, name)
