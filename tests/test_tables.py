@@ -233,6 +233,8 @@ def test_a_world_whose_building_was_killed_is_built_again(tmp_path, monkeypatch)
     for name in ("pairs", "heldout_hard", "heldout_id", "heldout_neu"):  # more pairs, and nothing else
         rows = (tmp_path / "many" / f"{name}.jsonl").read_text().splitlines()
         assert rows[:1000] == (tmp_path / "world" / f"{name}.jsonl").read_text().splitlines()
+    few = toy.build_world(tmp_path / "fewer", "few", 5, 150)["sizes"]
+    assert few == {"pairs": 300, "hard": 150, "id": 150, "neu": 150, "onp": 150}
 
 def test_worlds_are_built_with_as_many_heldout_pairs_as_asked(tmp_path, quick):
     run(tmp_path, "compare", "--seeds", 10, "--rows", "frozen RM", "--heldout", 3000)

@@ -447,9 +447,9 @@ def build_world(path, world="few", seed=0, many=None):
 
     sets = {
         "id": lambda: sampled_pairs(policy, held, numbers("id"), seed + 1, many, task),
-        "hard": lambda: edited_pairs(hard, numbers("hard")),
-        "long": lambda: sampled_pairs(policy, unique_prompts(3 * many // 2, numbers("long"), "long"), numbers("long pairs"),
-                                      seed + 4, many, task),
+        "hard": lambda: edited_pairs(hard[:many], numbers("hard")),
+        "long": lambda: sampled_pairs(policy, unique_prompts(3 * many // 2, numbers("long"), "long"),
+                                      numbers("long pairs"), seed + 4, many, task),
         "onp": lambda: sampled_pairs(trained(functools.partial(rm_scores, rm), "onp: GRPO on the RM"), shifted,
                                      numbers("onp"), seed + 2, many, task),
         "neu": lambda: sampled_pairs(trained(on_gold, "neu: GRPO on gold"), shifted, numbers("neu"), seed + 3, many,
