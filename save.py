@@ -16,10 +16,10 @@ Algorithm 2, step t of T                       here                     its line
 
 pi_theta is `policy`, R `rewards` (P,G), V `values` (P,), Y+ and Y- `positive` and `negative` (P,G), B~ `valid` (P,):
 P prompts of a step on all ranks, G responses each (`group`), N = P*G rows, T tokens, H hidden size.
-To fork it: a loss is a row of RM_UPDATES, an advantage one of ALGORITHMS, `label` is for judges (tests/forks/).
+Sections 1 to 5 are the method, the others are machinery. To fork it: a loss is a row of RM_UPDATES, an advantage one of
+ALGORITHMS, `label` is for judges (tests/forks/).
 """
 import argparse
-import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -34,6 +34,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -47,20 +48,9 @@ import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 # ---- 1. configuration -------------------------------------------------------
-class UsageError(Exception):
-    """Bad input: one line, exit code 2, nothing is written."""
-
-def fail(message):
-    """Stop with one line: the flag, the file and the row, and what was expected."""
-    raise UsageError(" ".join(str(message).split()))
-
-def expect(fine, message):
-    """`fail` unless it is fine."""
-    return fine or fail(message)
-
 @dataclasses.dataclass
 class Config:
     """Every knob, as a flag of the same name. "Table 8" marks the paper's value."""
@@ -94,16 +84,14 @@ class Config:
     top_k: int = 20  # Table 8; 0: off
     # where the paper is silent
     num_minibatches: int = 1  # optimizer steps per rollout; 1: all ratios are 1, GSPO equals GRPO
-    clip_low: float = None  # none: of the row of ALGORITHMS, 0.2 or 3e-4 (gspo)
-    clip_high: float = None  # none: the same, 0.2 or 4e-4 (gspo)
     lr_schedule: str = "constant"  # constant, linear (to 0)
     max_prompt_tokens: int = 1024  # longest prompt, template included, in policy tokens
     # machine
     dtype: str = "auto"  # working copy, masters are fp32; auto: bfloat16 on a GPU, else float32
-    device: str = "auto"  # auto: a GPU where there is one
+    device: str = "auto"  # auto: a GPU where there is one; cpu
     offload: bool = False  # masters and moments in host memory, and the optimizer step too
     micro_tokens: int = None  # padded tokens per micro-batch; none: 8192 on a GPU, 2048 on a CPU
-    cache_tokens: int = None  # decoded together; none: 155648 on a GPU, else 0; 0: all
+    cache_tokens: int = 0  # decoded together; 0: on a GPU what its free memory holds, else all
     seed: int = 0  # randomness is a function of (seed, purpose, step, row)
     save_every: int = 40  # steps between checkpoints, the last two are kept; 0: none
     eval_every: int = 0  # steps between accuracies on --heldout; 0: start and end
@@ -111,34 +99,30 @@ class Config:
 
     def checked(self):
         """Refuse what cannot work; replace every "auto" and none by what will be used."""
-        above_0 = ("steps batch group value_k value_batch value_epochs max_new_tokens max_prompt_tokens "
-                   "temperature top_p num_minibatches").split()
         for name, value in vars(self).items():
             if type(value) in (int, float):
-                least = "more than 0" if name in above_0 else "0 or more"
-                fine = 0 <= value < math.inf and (value or name not in above_0)
-                expect(fine, f"--{name} {value}: expected {least}")
+                expect(0 <= value < math.inf, f"--{name} {value}: expected 0 or more")
+        for name in "steps batch group value_k value_batch value_epochs max_new_tokens temperature top_p".split():
+            expect(getattr(self, name) != 0, f"--{name} 0: expected more than 0")
         for name in ("m0", "top_p"):
             expect(getattr(self, name) <= 1, f"--{name} {getattr(self, name)}: expected at most 1")
         ranks = WORLD * self.num_minibatches
-        expect(self.batch % ranks == 0, f"--batch {self.batch}: expected a multiple of {ranks}, ranks x minibatches")
+        fine = ranks and self.batch % ranks == 0
+        expect(fine, f"--batch {self.batch}: expected a multiple of {ranks}, ranks x minibatches")
         expect(self.group > 1 or self.stage in ("preference", "value"), f"--group {self.group}: expected 2 or more")
-        gpu, preference = self.device != "cpu" and torch.cuda.is_available(), self.stage == "preference"
-        expect(gpu or self.device != "cuda", "--device cuda: no GPU here, expected cpu or auto")
+        gpu, preference = self.device == "auto" and torch.cuda.is_available(), self.stage == "preference"
         used = {"device": f"cuda:{LOCAL_RANK}" if gpu else "cpu", "dtype": "bfloat16" if gpu else "float32",
-                "micro_tokens": 8192 if gpu else 2048, "cache_tokens": 155648 if gpu else 0,
-                "steps": None if preference else 320, "lr_rm": 1e-5 if preference else 1e-7}
-        used["clip_low"], used["clip_high"] = ALGORITHMS[self.algo].clip
-        unset = {name: x for name, x in used.items() if getattr(self, name) in (None, "auto", "cuda")}
+                "micro_tokens": 8192 if gpu else 2048, "steps": None if preference else 320,
+                "lr_rm": 1e-5 if preference else 1e-7}
+        unset = {name: x for name, x in used.items() if getattr(self, name) in (None, "auto")}
         return dataclasses.replace(self, **unset)
 
 def parse_config(argv=None, kind=Config):
     """Flags from the fields of a dataclass; the comment behind each is its help text."""
     choices = {"stage": ["preference", "value", "save"], "algo": [*ALGORITHMS], "rm_update": [*RM_UPDATES],
-               "lr_schedule": ["constant", "linear"], "dtype": ["auto", "float32", "bfloat16"],
-               "device": ["auto", "cpu", "cuda"]}
+               "lr_schedule": ["constant", "linear"], "dtype": ["auto", "float32", "bfloat16"], "device": ["auto", "cpu"]}
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: fail(message + " (--help lists the flags)")
+    parser.error = lambda message: expect(False, message + " (--help lists the flags)")
     source = "".join(inspect.getsource(part) for part in reversed(kind.__mro__[:-1]))  # a fork's Config too
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))
     for field in dataclasses.fields(kind):
@@ -232,7 +216,7 @@ class Algorithm(NamedTuple):
     advantages: Callable  # advantages(rewards, keep) -> (P,G)
     ratio: str  # log-ratio of a row: "token" by token | "mean" of its tokens | their "sum"
     kl: str  # "loss": k3 per token in the loss | "reward": k1 of a response in its reward
-    clip: tuple  # (low, high) unless --clip_low and --clip_high say otherwise
+    clip: tuple  # (low, high): the ratio stays within 1 - low and 1 + high
 
 ALGORITHMS = {
     "grpo": Algorithm(grpo_advantages, "token", "loss", (0.2, 0.2)),
@@ -240,9 +224,9 @@ ALGORITHMS = {
     "gspo": Algorithm(grpo_advantages, "mean", "loss", (3e-4, 4e-4)),
 }
 
-def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, algo, clip_low, clip_high, kl_coef):
-    """Clipped surrogate, mean over a row's tokens, then rows. Log-probs, mask (N,T), advantages (N,) or (N,T)
-    -> loss, {"kl": k3 = exp(ref - lp) - (ref - lp) - 1, "clipped": share of tokens}."""
+def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, algo, kl_coef):
+    """Clipped surrogate, mean over a row's tokens, then rows. Log-probs, mask (N,T), advantages (N,) or (N,T),
+    algo a row of ALGORITHMS -> loss, {"kl": k3 = exp(ref - lp) - (ref - lp) - 1, "clipped": share of tokens}."""
     mask, log_probs = mask.bool(), at_least_fp32(log_probs)
     log_ratio = torch.where(mask, log_probs - at_least_fp32(old_log_probs.detach()), 0)
     of_row = log_ratio.sum(1, keepdim=True)
@@ -250,7 +234,7 @@ def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, al
     ratio = {"token": log_ratio, "mean": mean, "sum": of_row}[algo.ratio]
     ratio = ratio.clamp(max=80).exp()  # not inf, which times a zero advantage would be nan
     advantages = torch.where(mask, advantages[:, None] if advantages.dim() == 1 else advantages, 0)
-    free, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    free, clipped = ratio * advantages, ratio.clamp(1 - algo.clip[0], 1 + algo.clip[1]) * advantages
     # a masked 0 - 0 = 0 keeps whatever the padding holds out of exp
     gap = torch.where(mask, at_least_fp32(ref_log_probs.detach()) - log_probs, 0)
     k3 = gap.exp() - gap - 1
@@ -259,40 +243,337 @@ def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, al
     loss, kl, share = (masked_mean(masked_mean(x, mask, 1), mask.any(1)) for x in per_token)
     return loss, {"kl": kl, "clipped": share}
 
-# ---- 4. the two models ------------------------------------------------------
-LOADING = {"dtype": "auto", "output_loading_info": True, "trust_remote_code": False}  # none of its code is run
+# ---- 4. a step of Algorithm 2, top down -------------------------------------
+@dataclasses.dataclass
+class Run:
+    """What a stage works with."""
+    cfg: Config
+    rm: "RewardModel"
+    policy: "Policy" = None
+    log: "Log" = None
+    optimizers: dict = dataclasses.field(default_factory=dict)  # those in training: rm, value, policy
+    step: int = 1  # under way
+    lr_scale: float = 1.0  # of all learning rates, --lr_schedule
+    inputs: dict = dataclasses.field(default_factory=dict)  # digest of what was read, for the checkpoint
+
+@dataclasses.dataclass
+class Batch:
+    """One step's responses: tensors (P,G) of all ranks, lists of this rank's rows, prompt by prompt."""
+    prompts: list  # (messages, policy ids) of this rank's prompts
+    texts: list  # responses, decoded
+    chats: list  # (ids, prompt_length) of prompt and response in the reward model's tokens
+    sequences: list  # the same in the policy's tokens
+    lengths: torch.Tensor  # (P,G) response tokens
+    ended: torch.Tensor  # (P,G) bool: by EOS, not by --max_new_tokens; only these train the reward model
+    rewards: torch.Tensor = None  # (P,G)
+    features: torch.Tensor = None  # (P,H) at the end of the prompt, for V
+
+def save_step(run, prompts):
+    """One step of Algorithm 2 on the next prompts."""
+    prompts = draw(prompts, run.cfg.seed, "prompts", (run.step - 1) * run.cfg.batch, run.cfg.batch)
+    learn(run, sample(run, prompts, run.cfg.group, run.step))
+
+def learn(run, batch):
+    """What a step learns from its responses: the three steps of Algorithm 2."""
+    row = RM_UPDATES[run.cfg.rm_update]
+    score_batch(run, batch)
+    positive, negative, valid = filtered(run, batch, batch.ended)  # 1: adaptive feedback filtering
+    record(run, batch, positive, negative, valid)
+    before = batch.rewards
+    if row.loss and reward_model_step(run, batch, positive, negative):  # 2: the reward model
+        score_batch(run, batch)
+        run.log.put(reward_shift=(batch.rewards - before).abs().mean(), spread_after=batch.rewards.std(1).mean())
+    if row.anchor == "value head" and batch.ended.any():
+        run.log.put(value_loss=value_step(run, batch.rewards, batch.features, batch.ended))
+    positive, negative, _ = filtered(run, batch)  # 3: the policy, with truncated responses
+    policy_step(run, batch, positive | negative)
+
+def sample(run, prompts, group, step, purpose="rollout"):
+    """`group` responses to each of this rank's `prompts`."""
+    cfg, own = run.cfg, mine(prompts)
+    seeds = [seed_for(cfg.seed, purpose, step, p, g) for p in mine(range(len(prompts))) for g in range(group)]
+    options = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "cache_tokens")}
+    with run.log.time("rollout"):
+        responses, ended = rollout(run.policy, [ids for _, ids in own], group, seeds, **options)
+    # the policy's tokens mean nothing to the reward model
+    texts = run.policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    chats = [chat for i, (messages, _) in enumerate(own)
+             for chat in encode_responses(run.rm.tokenizer, messages, texts[i * group:(i + 1) * group])]
+    asked = [ids for _, ids in own for _ in range(group)]
+    sequences = [(ids + response, len(ids)) for ids, response in zip(asked, responses)]
+    numbers = torch.tensor([ended, [len(ids) for ids in responses]], device=cfg.device)
+    ended, lengths = gather(numbers.view(2, -1, group).transpose(0, 1)).unbind(1)
+    return Batch(own, texts, chats, sequences, lengths, ended.bool())
+
+@torch.no_grad()
+def score(rm, sequences, budget):
+    """[(ids, prompt_length)] -> rewards (N,) and prompt features (N,H) for V, without gradients."""
+    head, count, first = rm.value_head.weight, len(sequences), {}  # equal ones once: rounding must not rank
+    same = [first.setdefault((tuple(ids), length), row) for row, (ids, length) in enumerate(sequences)]
+    rewards, features = head.new_empty(count), head.new_empty(count, head.shape[1])
+    for rows in micro_batches(first.values(), sequences, budget):
+        last, features[rows] = rm.features(*model_inputs([sequences[row] for row in rows], head.device))
+        rewards[rows] = rm.model.score(last).squeeze(-1)
+    return rewards[same], features[same]
+
+def score_batch(run, batch):
+    """Fill in R (P,G) and the features (P,H) that V is read from, of all ranks."""
+    with run.log.time("score"):
+        scores = score(run.rm, batch.chats, run.cfg.micro_tokens)
+        rewards, features = (x.unflatten(0, (len(batch.prompts), -1)) for x in scores)
+        batch.rewards, batch.features = gather(rewards), gather(features[:, 0])  # one V a prompt
+    if not batch.rewards.isfinite().all():
+        raise FloatingPointError("a reward is not finite")
+
+@torch.no_grad()
+def anchor(run, batch):
+    """V (P,): of the value head, or the group mean."""
+    if RM_UPDATES[run.cfg.rm_update].anchor == "value head":
+        return run.rm.value(batch.features)
+    ended = batch.ended | ~batch.ended.any(1, keepdim=True)  # a group in which none ended: the mean of all
+    return masked_mean(batch.rewards, ended, 1)
+
+def label(run, batch):
+    """(P,G): the sign makes Y+ and Y-, the size decides what is kept. Eq. 13, R - V.
+    A verifier, a judge or an ensemble goes here (tests/forks/); inf and -inf are always kept."""
+    return rm_advantages(batch.rewards, anchor(run, batch))
+
+def filtered(run, batch, usable=None):
+    """Step 1, Eq. 14-17: positive, negative (P,G), valid (P,). Without an anchor all are kept."""
+    if not RM_UPDATES[run.cfg.rm_update].anchor:
+        keep = torch.ones_like(batch.ended) if usable is None else usable
+        return keep, torch.zeros_like(keep), keep.any(1)
+    return partition(label(run, batch), curriculum_threshold(run.step, run.cfg.steps, run.cfg.m0), usable)
+
+def reward_model_step(run, batch, positive, negative):
+    """Step 2, Eq. 18-20, on backbone and reward head. True if there was anything to learn from.
+    The loss needs all rewards of a group, memory holds a few rows: take dL/dR on the (P,G) rewards of the scoring,
+    then back-propagate sum(R * dL/dR) in any micro-batches. Exact, and rows whose dL/dR is 0 cost nothing."""
+    rewards = batch.rewards.clone().requires_grad_()
+    loss = RM_UPDATES[run.cfg.rm_update].loss(rewards, anchor(run, batch), positive, negative, batch.ended)
+    weights = torch.autograd.grad(loss, rewards)[0]
+    run.log.put(rm_loss=loss, common_push=weights.sum())
+    if not weights.any():
+        return False
+    own = mine(weights).flatten()
+    batches = micro_batches(own.nonzero()[:, 0].tolist(), batch.chats, run.cfg.micro_tokens)
+    train_on(run, "rm", batches, lambda model, rows: (
+        (model(*model_inputs([batch.chats[row] for row in rows], own.device))[0] * own[rows]).sum(), ()))
+    return True
+
+def value_step(run, rewards, features, usable):
+    """Eq. 12 and 21 on the value head, the same step on every rank. Returns the loss before it."""
+    run.rm.value_head.requires_grad_(True)  # see `train_on`
+    loss = value_loss(run.rm.value(features), rewards, usable)
+    loss.backward()
+    run.optimizers["value"].step(run.lr_scale)
+    return loss.item()
+
+@torch.no_grad()
+def response_log_probs(run, batch, batches):
+    """Log-probs (N/W,R), 0 past the end. In the micro-batches of training: others round differently."""
+    result = torch.zeros(len(batch.sequences), int(batch.lengths.max()), device=run.cfg.device)
+    for part in batches:
+        inputs = model_inputs([batch.sequences[row] for row in part], run.cfg.device)
+        log_probs, _ = run.policy(*inputs, run.cfg.temperature)
+        result[part, :log_probs.shape[1]] = log_probs
+    return result
+
+def policy_advantages(run, batch, trained, old, reference):
+    """Of this rank's rows, (N/W,) or one per token (N/W,R), over those that are `trained` (P,G)."""
+    algorithm, rewards = ALGORITHMS[run.cfg.algo], batch.rewards
+    if algorithm.kl == "reward" and run.cfg.kl_coef:  # k1 of the whole response
+        rewards = rewards - run.cfg.kl_coef * gather((old - reference).sum(1).view(-1, trained.shape[1]))
+    return mine(algorithm.advantages(rewards, trained)).flatten()
+
+def policy_step(run, batch, keep):
+    """Step 3: the row of ALGORITHMS on the survivors `keep` (P,G), with the improved rewards."""
+    cfg, algorithm, optimizer = run.cfg, ALGORITHMS[run.cfg.algo], run.optimizers["policy"]
+    trained = keep & (keep.sum(1, keepdim=True) >= 2)  # one alone has nothing to be compared with
+    if not trained.any():
+        return
+    # ranks hold every WORLD-th prompt, so a slice of a rank's rows is its share of a slice of all prompts
+    parts = mine(trained).flatten().chunk(cfg.num_minibatches)
+    rows = [(part.nonzero()[:, 0] + i * len(part)).tolist() for i, part in enumerate(parts)]
+    batches = [micro_batches(part, batch.sequences, cfg.micro_tokens) for part in rows]
+    every, old, reference = sum(batches, []), None, None
+    with run.log.time("log_probs"):
+        if cfg.num_minibatches > 1 or algorithm.kl == "reward":
+            old = response_log_probs(run, batch, every)
+        if cfg.kl_coef:
+            optimizer.publish(optimizer.initial)  # for now the working copy is the reference model
+            reference = response_log_probs(run, batch, every)
+            optimizer.publish(optimizer.masters)
+    advantages = policy_advantages(run, batch, trained, old, reference)
+
+    def micro_loss(model, rows):
+        log_probs, mask = model(*model_inputs([batch.sequences[row] for row in rows], cfg.device), cfg.temperature)
+        width = log_probs.shape[1]
+        own = advantages[rows] if advantages.dim() == 1 else advantages[rows, :width]
+        # a single update: the ratio is exactly 1
+        before = log_probs if cfg.num_minibatches == 1 else old[rows, :width]
+        initial = log_probs if reference is None else reference[rows, :width]
+        loss, stats = policy_loss(log_probs, before, initial, own, mask, algo=algorithm, kl_coef=cfg.kl_coef)
+        return loss * (len(rows) / count), [x * (len(rows) / count) for x in (loss, stats["kl"], stats["clipped"])]
+
+    sums = []
+    for part, micro in zip(trained.chunk(cfg.num_minibatches), batches):
+        count = part.sum().item()  # rows of this minibatch on all ranks
+        sums += [train_on(run, "policy", micro, micro_loss)] if count else []
+    loss, kl, clipped = (sum(column) / len(sums) for column in zip(*sums))
+    run.log.put(policy_loss=loss, kl=kl, clipped=clipped, survivors=trained.float().mean())
+
+# ---- 5. stages --------------------------------------------------------------
+def train(run, rows, heldout, saved):
+    """Run the stages asked for. `prepare` has refused what cannot work."""
+    cfg, rm, saving = run.cfg, run.rm, run.cfg.stage in ("", "save")
+    anchored = RM_UPDATES[cfg.rm_update].anchor == "value head"
+    run.log = Log(cfg, saved)
+    if cfg.stage == "preference":
+        rm.has_value_head = False  # one that it had belongs to other rewards
+        for _ in each_step(run, heldout, "preference", saved):
+            preference_step(run, rows)
+    if cfg.stage == "value" or saving and anchored and not rm.has_value_head and not saved:
+        value_stage(run, rows)
+    if saving and anchored:
+        run.optimizers["value"], rm.has_value_head = ShardedAdamW(rm.value_head, cfg.lr_value, cfg), True
+    if saving:
+        for _ in each_step(run, heldout, "save", saved):
+            save_step(run, rows)
+    out = Path(cfg.out)
+    if cfg.stage == "value":  # all but the head as it was before --dtype rounded it
+        rm.model = RewardModel.from_pretrained(cfg.rm).model if RANK == 0 else rm.model
+    if "rm" in run.optimizers:
+        rm.model.float()
+        run.optimizers["rm"].publish(run.optimizers["rm"].masters)
+    if run.optimizers.keys() & {"rm", "value"}:
+        rm.save_pretrained(out / "rm")
+    if "policy" in run.optimizers:
+        with replaced_folder(out / "policy", run.policy.model, run.policy.tokenizer):
+            pass
+    say("models:", *sorted(file.parent for file in out.glob("*/config.json")))
+
+def preference_step(run, pairs):
+    """Stage preference: one step of Eq. 11 on the next pairs."""
+    cfg = run.cfg
+    batch = mine(draw(pairs, cfg.seed, "pairs", (run.step - 1) * cfg.batch, cfg.batch))
+    longer = [max(pair, key=lambda side: len(side[0])) for pair in batch]
+
+    def micro_loss(model, index):
+        rewards, _ = model(*model_inputs([side for i in index for side in batch[i]], cfg.device))
+        loss = bradley_terry_loss(rewards[0::2], rewards[1::2]) * len(index) / cfg.batch
+        return loss, (loss, (rewards[0::2] > rewards[1::2]).sum() / cfg.batch)
+
+    batches = micro_batches(range(len(batch)), longer, cfg.micro_tokens // 2)
+    loss, accuracy = train_on(run, "rm", batches, micro_loss)
+    run.log.put(rm_loss=loss, rm_accuracy=accuracy)
+
+def value_stage(run, prompts):
+    """Stage value, Eq. 12: V towards the mean reward of K responses; R is frozen. A tenth of the prompts is kept out
+    of the fit: on it V is judged, and what the first threshold would keep."""
+    cfg, batches = run.cfg, []
+    count = cfg.value_prompts or min(len(prompts), cfg.batch * cfg.steps)
+    count = max(1, count // cfg.batch) * cfg.batch  # whole batches
+    chosen = draw(prompts, cfg.seed, "value prompts", 0, count)
+    for start in tqdm(range(0, count, cfg.batch), "value: sample, score", disable=NO_BAR):
+        batch = sample(run, chosen[start:start + cfg.batch], cfg.value_k, start, "value")
+        score_batch(run, batch)
+        batches.append((batch.rewards, batch.features, batch.ended))
+    data = [torch.cat(tensors) for tensors in zip(*batches)]
+    run.optimizers["value"] = ShardedAdamW(run.rm.value_head, cfg.value_lr, cfg)
+    tenth = count // 10  # of fewer than 10: none
+    parts = torch.arange(count - tenth).split(cfg.value_batch) * cfg.value_epochs
+    for done, part in enumerate(parts):
+        run.lr_scale = 1 - (cfg.lr_schedule == "linear") * done / len(parts)
+        rewards, features, ended = (x[part] for x in data)
+        if ended.any():
+            value_step(run, rewards, features, ended)
+    run.rm.has_value_head = True
+    rewards, features, ended = (x[-tenth:] for x in data)
+    values, targets, fitted = run.rm.value(features).detach(), masked_mean(rewards, ended, 1), ended.any(1)
+    error = value_loss(values, rewards, ended)
+    variance = masked_mean((targets - masked_mean(targets, fitted)) ** 2, fitted)
+    threshold = curriculum_threshold(1, cfg.steps, cfg.m0)
+    positive, negative, _ = partition(rm_advantages(rewards, values), threshold, ended)
+    run.log.put(value_loss=error, value_target_variance=variance, kept=(positive | negative).float().mean())
+    if variance > 0:
+        run.log.put(value_r2=1 - error / variance)
+    if rewards.shape[1] > 1:
+        run.log.put(reward_spread=rewards.std(1).mean())
+    run.log.write(0, "value")
+
+def each_step(run, heldout, stage, saved):
+    """Yield at each step; around them resume, evaluate, log and save."""
+    cfg, asked, done = run.cfg, [], saved[0]["step"] if saved else 0
+    for name, optimizer in run.optimizers.items() if saved else ():
+        for state in saved:  # of however many ranks there were
+            optimizer.load_state_dict(state["optimizers"][name])
+        optimizer.publish(optimizer.masters)
+    before = {number: signal.signal(number, lambda *_: asked.append(True)) for number in (signal.SIGTERM, signal.SIGINT)}
+    if not done:
+        heldout_accuracy(run, heldout)
+        run.log.write(0, stage)
+    for run.step in tqdm(range(done + 1, cfg.steps + 1), stage, disable=NO_BAR):
+        start = time.perf_counter()
+        run.lr_scale = 1 - (cfg.lr_schedule == "linear") * (run.step - 1) / cfg.steps
+        yield
+        run.log.put(step_seconds=time.perf_counter() - start)
+        if run.step == cfg.steps or cfg.eval_every and run.step % cfg.eval_every == 0:
+            heldout_accuracy(run, heldout)
+        run.log.write(run.step, stage)
+        stopping = total(len(asked))[0] > 0  # a signal to one rank stops all
+        if stopping or cfg.save_every and run.step % cfg.save_every == 0:
+            save_checkpoint(run)
+        if stopping:
+            say(f"stopped by a signal after step {run.step}: --resume goes on")
+            sys.exit(0)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+def heldout_accuracy(run, heldout):
+    """Percentage of pairs with R(chosen) > R(rejected), of each --heldout file; a tie is wrong."""
+    for name, pairs in heldout.items():
+        rewards, _ = score(run.rm, [side for pair in mine(pairs) for side in pair], run.cfg.micro_tokens)
+        accuracy = 100 * total((rewards[0::2] > rewards[1::2]).sum())[0] / len(pairs)
+        run.log.put(**{f"accuracy_{name}": accuracy})
+        say(f"  accuracy on {name}: {accuracy:.2f} % of {len(pairs)} pairs")
+
+# ---- 6. the two models ------------------------------------------------------
+def load(kind, path, device):
+    """A model of a folder or hub name in its own precision, without dropout, and its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # none of its code is run
+    expect(tokenizer.chat_template, "its tokenizer has no chat template")
+    with open(f"{tempfile.gettempdir()}/save_{os.getuid()}", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # one rank after the other: host memory holds the weights once
+        model, info = kind.from_pretrained(path, dtype="auto", output_loading_info=True, trust_remote_code=False)
+        model = model.eval().to(device)
+    expect(not info["missing_keys"], f"it lacks {', '.join(sorted(info['missing_keys']))[:80]}")
+    for module in model.modules():  # two passes over a row must give the same
+        rates = [name for name, x in vars(module).items() if isinstance(x, float) and ("drop" in name or name == "p")]
+        vars(module).update(dict.fromkeys(rates, 0.0))
+    return model, tokenizer
 
 class RewardModel(nn.Module):
     """f_omega `model.base_model`, h_phi `model.score`, v_psi `value_head`; fp32 heads: bf16 would make ties."""
     def __init__(self, model, tokenizer, value_head=None):
         super().__init__()
-        self.model, self.tokenizer = checked_model(model, tokenizer), tokenizer
-        self.has_value_head = bool(value_head)
-        self.model.score.float()
+        self.model, self.tokenizer, self.has_value_head = model, tokenizer, bool(value_head)
         [(ids, start)] = encode_responses(tokenizer, [{"role": "user", "content": "a"}], ["b"])
         expect(len(ids) > start, "its chat template leaves out the response")
-        self.template_tokens = len(ids) - start - len(tokenizer("b", add_special_tokens=False)["input_ids"])
+        self.model.score.float()
         width = model.score.in_features
         self.value_head = nn.Linear(width, 1)
         self.value_head.load_state_dict(value_head or {"weight": torch.zeros(1, width), "bias": torch.zeros(1)})
 
     @classmethod
-    def from_pretrained(cls, path, new_head=False, seed=0):
-        """A folder or hub name in its own precision; `new_head`: a causal LM will do."""
-        with blamed(f"--rm {path}: expected a folder or hub name of a reward model (--stage preference makes one)"):
-            kind = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            expect(kind.num_labels == 1 or "Classification" not in str(kind.architectures), "it has not 1 label")
-            model, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **LOADING)
-            missing = {*info["missing_keys"]} - ({"score.weight"} if new_head else set())
-            expect(not missing, f"it lacks {', '.join(sorted(missing))[:80]}")
-            expect(isinstance(getattr(model, "score", None), nn.Linear), "it is not causal with a linear `score` head")
-            if info["missing_keys"]:
-                numbers = torch.Generator().manual_seed(seed_for(seed, "reward head"))
-                noise = torch.randn(model.score.weight.shape, generator=numbers)
-                model.score.weight.data = noise / (model.score.in_features + 1) ** 0.5
+    def from_pretrained(cls, path, device="cpu"):
+        """A folder or hub name of a causal classifier with one label, with or without value_head.safetensors."""
+        with blamed(f"--rm {path}: expected a folder or hub name of a reward model"):
+            model, tokenizer = load(AutoModelForSequenceClassification, path, device)
+            one = isinstance(getattr(model, "score", None), nn.Linear) and model.score.out_features == 1
+            expect(one, "it is not causal with a linear `score` head for 1 label")
             head = Path(path, "value_head.safetensors")
-            weights = safetensors.torch.load_file(head) if head.is_file() else None
-            return cls(model, load_tokenizer(path, "rm"), weights)
+            return cls(model, tokenizer, safetensors.torch.load_file(head) if head.is_file() else None).to(device)
 
     def features(self, input_ids, lengths, prompt_lengths):
         """Hidden states (N,H), fp32: at the last token for R, at the end of the prompt for V."""
@@ -325,63 +606,36 @@ class Policy(nn.Module):
     """A causal LM whose forward gives log-probs of responses, never the whole logits."""
     def __init__(self, model, tokenizer):
         super().__init__()
-        self.model, self.tokenizer = checked_model(model, tokenizer), tokenizer
+        self.model, self.tokenizer = model, tokenizer
         eos = model.generation_config.eos_token_id
         self.eos_ids = sorted({*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None})
 
     @classmethod
-    def from_pretrained(cls, path):
-        """A folder or hub name in its own precision."""
-        with blamed(f"--policy {path}: expected a folder or hub name of a causal language model"):
-            model, info = AutoModelForCausalLM.from_pretrained(path, **LOADING)
-            policy, missing = cls(model, load_tokenizer(path)), ", ".join(sorted(info["missing_keys"]))[:80]
-            expect(not missing, f"it lacks {missing}")
-            expect("Classification" not in str(model.config.architectures), "it is a classifier")
-            return policy if [*map(int, policy.eos_ids)] else fail("it has no EOS token")
-
     @torch.no_grad()
-    def check_logits(self, path):
-        """What a model does behind its output layer (scale, cap) would spoil every ratio."""
-        ids = torch.arange(3, 11, device=self.model.device)[None] % self.model.config.vocab_size
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        plain, own = self.model.get_output_embeddings()(hidden), self.model(ids).logits
-        same, kind = torch.allclose(plain.float(), own.float(), rtol=1e-2, atol=1e-2), type(self.model).__name__
-        same = same and own.isfinite().all()
-        expect(same, f"--policy {path}: expected a plain output layer, {kind} scales or caps it, or has NaN")
-
-    def token_log_probs(self, hidden, targets, temperature):
-        """log pi(target) over the full vocabulary. hidden (M,H), targets (M,) -> (M,)."""
-        logits = self.model.get_output_embeddings()(hidden).float()
-        return -F.cross_entropy(logits / temperature, targets, reduction="none")
+    def from_pretrained(cls, path, device="cpu"):
+        """A folder or hub name of a causal LM with a plain output layer: a scale or cap would spoil every ratio."""
+        with blamed(f"--policy {path}: expected a folder or hub name of a causal language model"):
+            policy = cls(*load(AutoModelForCausalLM, path, device))
+            expect([*map(int, policy.eos_ids)], "it has no EOS token")
+            ids = torch.arange(8, device=device)[None] % policy.model.config.vocab_size
+            ours, _ = policy(ids, torch.tensor([8], device=device), torch.tensor([1], device=device), 1.0)
+            own = policy.model(input_ids=ids).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])
+            expect(torch.allclose(ours.T, own, atol=0.02), "its output layer scales or caps, or has NaN")
+            return policy
 
     def forward(self, input_ids, lengths, prompt_lengths, temperature, chunk=512):
-        """input_ids (n,T) right-padded -> log_probs, mask (n,R) of response tokens; logits for a `chunk`."""
+        """input_ids (n,T) right-padded -> log_probs over the full vocabulary and mask (n,R) of response tokens.
+        There are never more logits than of `chunk` tokens."""
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         counts = lengths - prompt_lengths
         mask = torch.arange(int(counts.max()), device=input_ids.device) < counts[:, None]
         rows, offsets = mask.nonzero(as_tuple=True)
         position = prompt_lengths[rows] + offsets  # a token is predicted by the state before it
         hidden, targets = hidden[rows, position - 1].split(chunk), input_ids[rows, position].split(chunk)
-        log_probs = [checkpoint(self.token_log_probs, h, t, temperature, use_reentrant=False)
-                     for h, t in zip(hidden, targets)]
+        head = self.model.get_output_embeddings()
+        log_probs = [checkpoint(lambda h, t: -F.cross_entropy(head(h).float() / temperature, t, reduction="none"),
+                                *part, use_reentrant=False) for part in zip(hidden, targets)]
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(log_probs)), mask
-
-def load_tokenizer(path, flag="policy"):
-    """The tokenizer of a model folder or hub name; it must carry a chat template."""
-    with blamed(f"--{flag} {path}: expected a folder or hub name with a tokenizer that has a chat template"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        return tokenizer if tokenizer.chat_template else fail("it has none")
-
-def checked_model(model, tokenizer):
-    """An embedding for each token of a chat; every dropout rate 0: two passes over a row must give the same."""
-    chat = [{"role": r, "content": "a"} for r in ("user", "assistant")]
-    [ids] = encode_chats(tokenizer, [chat], generation_prompt=True)
-    rows = model.get_input_embeddings().num_embeddings
-    expect(max(ids, default=0) < rows, f"expected an embedding for token {max(ids)}, it has {rows}")
-    for module in model.eval().modules():
-        rates = [name for name, x in vars(module).items() if isinstance(x, float) and ("drop" in name or name == "p")]
-        vars(module).update(dict.fromkeys(rates, 0.0))
-    return model
 
 def to_working_copy(module, cfg):
     """To the device, in --dtype but for reward heads and buffers; masters are taken before."""
@@ -392,7 +646,7 @@ def to_working_copy(module, cfg):
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
     return module.to(cfg.device)
 
-# ---- 5. rollout -------------------------------------------------------------
+# ---- 7. rollout -------------------------------------------------------------
 def sample_tokens(logits, uniforms, temperature, top_p, top_k):
     """A token per row, at `uniforms`: temperature (0: greedy), top-k, then top-p. (n,V), (n,) -> (n,)."""
     if temperature == 0:
@@ -410,6 +664,10 @@ def sample_tokens(logits, uniforms, temperature, top_p, top_k):
 def rollout(policy, prompt_ids, group, seeds, *, max_new_tokens, temperature, top_p, top_k, cache_tokens=0):
     """`group` responses to each of P token lists -> P*group token lists (with EOS), and whether each ended."""
     responses, ended = [None] * len(seeds), [None] * len(seeds)
+    if not cache_tokens and policy.model.device.type == "cuda":  # what is free, a fifth of it for the rest
+        kept = [len(p) * p.itemsize for name, p in policy.named_parameters() if re.search("[kv]_proj.weight", name)]
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        cache_tokens = int(0.8 * free) // max(sum(kept), 1)
     caches = [(range(group * (len(ids) + max_new_tokens)), 0) for ids in prompt_ids]  # all rows of a prompt
     for wave in micro_batches(range(len(prompt_ids)), caches, cache_tokens or sys.maxsize):
         rows = [prompt * group + g for prompt in wave for g in range(group)]
@@ -454,298 +712,10 @@ def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
         position = position + 1
     return tokens, ended
 
-# ---- 6. the updates of Algorithm 2 ------------------------------------------
-@dataclasses.dataclass
-class Run:
-    """What a stage works with."""
-    cfg: Config
-    rm: RewardModel
-    policy: Policy = None
-    log: "Log" = None
-    optimizers: dict = dataclasses.field(default_factory=dict)  # those in training: rm, value, policy
-    step: int = 1  # under way
-    inputs: dict = dataclasses.field(default_factory=dict)  # digest of what was read, for the checkpoint
-    lr_scale: float = 1.0  # of all learning rates, --lr_schedule
-
-@dataclasses.dataclass
-class Batch:
-    """One step's responses: tensors (P,G) of all ranks, lists of this rank's rows, prompt by prompt."""
-    step: int
-    prompts: list  # (messages, policy ids) of this rank's prompts
-    texts: list  # responses, decoded
-    chats: list  # (ids, prompt_length) of prompt and response in the reward model's tokens
-    sequences: list  # the same in the policy's tokens
-    lengths: torch.Tensor  # (P,G) response tokens
-    ended: torch.Tensor  # (P,G) bool: by EOS, not by --max_new_tokens
-    usable: torch.Tensor  # (P,G) bool: ended, and short enough for the reward model's update
-    rewards: torch.Tensor = None  # (P,G)
-    features: torch.Tensor = None  # (P,H) at the end of the prompt, for V
-
-def sample(run, prompts, group, step, purpose="rollout"):
-    """`group` responses to each of this rank's `prompts`."""
-    cfg, own = run.cfg, mine(prompts)
-    seeds = [seed_for(cfg.seed, purpose, step, p, g) for p in mine(range(len(prompts))) for g in range(group)]
-    options = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "cache_tokens")}
-    with run.log.time("rollout"):
-        responses, ended = rollout(run.policy, [ids for _, ids in own], group, seeds, **options)
-    # the policy's tokens mean nothing to the reward model
-    texts = run.policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
-    chats = [chat for i, (messages, _) in enumerate(own)
-             for chat in encode_responses(run.rm.tokenizer, messages, texts[i * group:(i + 1) * group])]
-    short = [len(ids) - length - run.rm.template_tokens <= cfg.max_new_tokens for ids, length in chats]
-    asked = [ids for _, ids in own for _ in range(group)]
-    sequences = [(ids + response, len(ids)) for ids, response in zip(asked, responses)]
-    numbers = torch.tensor([ended, short, [len(ids) for ids in responses]], device=cfg.device)
-    ended, short, lengths = gather(numbers.view(3, -1, group).transpose(0, 1)).unbind(1)
-    return Batch(step, own, texts, chats, sequences, lengths, ended.bool(), (ended * short).bool())
-
-@torch.no_grad()
-def score(rm, sequences, budget):
-    """[(ids, prompt_length)] -> rewards (N,) and prompt features (N,H) for V, without gradients."""
-    head, count, first = rm.value_head.weight, len(sequences), {}  # equal ones once: rounding must not rank
-    same = [first.setdefault((tuple(ids), length), row) for row, (ids, length) in enumerate(sequences)]
-    rewards, features = head.new_empty(count), head.new_empty(count, head.shape[1])
-    for rows in micro_batches(first.values(), sequences, budget):
-        last, features[rows] = rm.features(*model_inputs([sequences[row] for row in rows], head.device))
-        rewards[rows] = rm.model.score(last).squeeze(-1)
-    return rewards[same], features[same]
-
-def score_batch(run, batch):
-    """Fill in R (P,G) and the features (P,H) that V is read from, of all ranks."""
-    with run.log.time("score"):
-        scores = score(run.rm, batch.chats, run.cfg.micro_tokens)
-        rewards, features = (x.unflatten(0, (len(batch.prompts), -1)) for x in scores)
-        batch.rewards, batch.features = gather(rewards), gather(features[:, 0])  # one V a prompt
-    if not batch.rewards.isfinite().all():
-        raise FloatingPointError("a reward is not finite")
-
-@torch.no_grad()
-def anchor(run, batch):
-    """V (P,): of the value head, or the group mean."""
-    if RM_UPDATES[run.cfg.rm_update].anchor == "value head":
-        return run.rm.value(batch.features)
-    usable = batch.usable | ~batch.usable.any(1, keepdim=True)  # a group without usable rows: the mean of all
-    return masked_mean(batch.rewards, usable, 1)
-
-def label(run, batch):
-    """(P,G): the sign makes Y+ and Y-, the size decides what is kept. Eq. 13, R - V.
-    A verifier, a judge or an ensemble goes here (tests/forks/); inf and -inf are always kept."""
-    return rm_advantages(batch.rewards, anchor(run, batch))
-
-def filtered(run, batch, usable=None):
-    """Step 1, Eq. 14-17: positive, negative (P,G), valid (P,). Without an anchor all are kept."""
-    if not RM_UPDATES[run.cfg.rm_update].anchor:
-        keep = torch.ones_like(batch.ended) if usable is None else usable
-        return keep, torch.zeros_like(keep), keep.any(1)
-    return partition(label(run, batch), curriculum_threshold(batch.step, run.cfg.steps, run.cfg.m0), usable)
-
-def reward_model_step(run, batch, positive, negative):
-    """Step 2, Eq. 18-20, on backbone and reward head. True if there was anything to learn from.
-    The loss needs all rewards of a group, memory holds a few rows: take dL/dR on the (P,G) rewards of the scoring,
-    then back-propagate sum(R * dL/dR) in any micro-batches. Exact, and rows whose dL/dR is 0 cost nothing."""
-    rewards = batch.rewards.clone().requires_grad_()
-    loss = RM_UPDATES[run.cfg.rm_update].loss(rewards, anchor(run, batch), positive, negative, batch.usable)
-    weights = torch.autograd.grad(loss, rewards)[0]
-    run.log.put(rm_loss=loss, common_push=weights.sum())
-    if not weights.any():
-        return False
-    own = mine(weights).flatten()
-    rows = own.nonzero()[:, 0].tolist() or [0]  # a rank without any takes part with weight 0
-    train_on(run, "rm", micro_batches(rows, batch.chats, run.cfg.micro_tokens), lambda model, rows: (
-        (model(*model_inputs([batch.chats[row] for row in rows], own.device))[0] * own[rows]).sum(), ()))
-    return True
-
-def value_step(run, rewards, features, usable):
-    """Eq. 12 and 21 on the value head, the same step on every rank. Returns the loss before it."""
-    run.rm.value_head.requires_grad_(True)  # see `accumulate`
-    loss = value_loss(run.rm.value(features), rewards, usable)
-    loss.backward()
-    run.optimizers["value"].step(run.lr_scale)
-    return loss.item()
-
-@torch.no_grad()
-def response_log_probs(run, batch, batches):
-    """Log-probs (N/W,R), 0 past the end. In the micro-batches of training: others round differently."""
-    result = torch.zeros(len(batch.sequences), int(batch.lengths.max()), device=run.cfg.device)
-    for part in batches:
-        inputs = model_inputs([batch.sequences[row] for row in part], run.cfg.device)
-        log_probs, _ = run.policy(*inputs, run.cfg.temperature)
-        result[part, :log_probs.shape[1]] = log_probs
-    return result
-
-def policy_advantages(run, batch, trained, old, reference):
-    """Of this rank's rows, (N/W,) or one per token (N/W,R), over those that are `trained` (P,G)."""
-    algorithm, rewards = ALGORITHMS[run.cfg.algo], batch.rewards
-    if algorithm.kl == "reward" and run.cfg.kl_coef:  # k1 of the whole response
-        rewards = rewards - run.cfg.kl_coef * gather((old - reference).sum(1).view(-1, trained.shape[1]))
-    return mine(algorithm.advantages(rewards, trained)).flatten()
-
-def policy_step(run, batch, keep):
-    """Step 3: the row of ALGORITHMS on the survivors `keep` (P,G), with the improved rewards."""
-    cfg, algorithm, group = run.cfg, ALGORITHMS[run.cfg.algo], keep.shape[1]
-    knobs = {name: getattr(cfg, name) for name in ("clip_low", "clip_high", "kl_coef")}
-    trained = keep & (keep.sum(1, keepdim=True) >= 2)  # one alone has nothing to be compared with
-    if not trained.any():
-        return
-    rows, old, reference = mine(trained).flatten().nonzero()[:, 0].tolist(), None, None
-    chunks = torch.arange(len(keep)).chunk(cfg.num_minibatches)  # by prompt, in the global order
-    parts = [[row for row in rows if RANK + WORLD * (row // group) in chunk] for chunk in chunks]
-    batches = [micro_batches(part or [0], batch.sequences, cfg.micro_tokens) for part in parts]
-    every = sum(sorted(batches, key=lambda micro: micro != [[0]]), [])  # stand-ins first
-    with run.log.time("log_probs"):
-        if cfg.num_minibatches > 1 or algorithm.kl == "reward":
-            old = response_log_probs(run, batch, every)
-        if cfg.kl_coef:
-            with run.optimizers["policy"].swapped():
-                reference = response_log_probs(run, batch, every)
-    advantages = policy_advantages(run, batch, trained, old, reference)
-
-    def micro_loss(model, rows):
-        log_probs, mask = model(*model_inputs([batch.sequences[row] for row in rows], cfg.device), cfg.temperature)
-        width = log_probs.shape[1]
-        own = advantages[rows] if advantages.dim() == 1 else advantages[rows, :width]
-        # a single update: the ratio is exactly 1
-        before = log_probs if cfg.num_minibatches == 1 else old[rows, :width]
-        initial = log_probs if reference is None else reference[rows, :width]
-        loss, stats = policy_loss(log_probs, before, initial, own, mask, algo=algorithm, **knobs)
-        weight = len(rows) / count if part else 0  # 0 for a rank that only takes part
-        return loss * weight, (loss * weight, stats["kl"] * weight, stats["clipped"] * weight)
-
-    sums = []
-    for chunk, part, micro in zip(chunks, parts, batches):
-        count = int(trained[chunk].sum())  # rows of this minibatch on all ranks
-        sums += [train_on(run, "policy", micro, micro_loss)] if count else []
-    loss, kl, clipped = (sum(column) / len(sums) for column in zip(*sums))
-    run.log.put(policy_loss=loss, kl=kl, clipped=clipped, survivors=trained.float().mean())
-
-def train_on(run, name, batches, micro_loss):
-    """One step of the model `name` on all ranks' micro-batches -> the sums of micro_loss's numbers."""
-    with run.log.time(f"{name}_update"):
-        sums = accumulate(getattr(run, name), batches, micro_loss)
-        run.log.put(**{f"{name}_grad_norm": run.optimizers[name].step(run.lr_scale)})
-    return sums
-
-def save_step(run, prompts):
-    """One step of Algorithm 2 on the next prompts."""
-    prompts = draw(prompts, run.cfg.seed, "prompts", (run.step - 1) * run.cfg.batch, run.cfg.batch)
-    learn(run, sample(run, prompts, run.cfg.group, run.step))
-
-def learn(run, batch):
-    """What a step learns from its responses: the three steps of Algorithm 2."""
-    row, log = RM_UPDATES[run.cfg.rm_update], run.log
-    score_batch(run, batch)
-    positive, negative, valid = filtered(run, batch, batch.usable)  # 1: adaptive feedback filtering
-    record(run, batch, positive, negative, valid)
-    before = batch.rewards
-    if row.loss and reward_model_step(run, batch, positive, negative):  # 2: the reward model
-        score_batch(run, batch)
-        spread = before.std(1).mean()
-        log.deflation *= (batch.rewards.std(1).mean() / spread).item() if spread > 0 else 1
-        log.put(reward_shift=(batch.rewards - before).abs().mean(), deflation=log.deflation)
-    if row.anchor == "value head" and batch.usable.any():
-        log.put(value_loss=value_step(run, batch.rewards, batch.features, batch.usable))
-    positive, negative, _ = filtered(run, batch)  # 3: the policy, with truncated responses
-    policy_step(run, batch, positive | negative)
-
-# ---- 7. stages --------------------------------------------------------------
-def preference_step(run, pairs):
-    """Stage preference: one step of Eq. 11 on the next pairs."""
-    cfg = run.cfg
-    batch = mine(draw(pairs, cfg.seed, "pairs", (run.step - 1) * cfg.batch, cfg.batch))
-    longer = [max(pair, key=lambda side: len(side[0])) for pair in batch]
-
-    def micro_loss(model, index):
-        rewards, _ = model(*model_inputs([side for i in index for side in batch[i]], cfg.device))
-        loss = bradley_terry_loss(rewards[0::2], rewards[1::2]) * len(index) / cfg.batch
-        return loss, (loss, (rewards[0::2] > rewards[1::2]).sum() / cfg.batch)
-
-    batches = micro_batches(range(len(batch)), longer, cfg.micro_tokens // 2)
-    loss, accuracy = train_on(run, "rm", batches, micro_loss)
-    run.log.put(rm_loss=loss, rm_accuracy=accuracy)
-
-def value_stage(run, prompts):
-    """Stage value, Eq. 12: V towards the mean reward of K responses; R is frozen."""
-    cfg, batches = run.cfg, []
-    count = cfg.value_prompts or min(len(prompts), cfg.batch * cfg.steps)
-    count = max(1, count // cfg.batch) * cfg.batch  # whole batches
-    chosen = draw(prompts, cfg.seed, "value prompts", 0, count)
-    for start in tqdm(range(0, count, cfg.batch), "value: sample, score", disable=NO_BAR):
-        batch = sample(run, chosen[start:start + cfg.batch], cfg.value_k, start, "value")
-        score_batch(run, batch)
-        batches.append((batch.rewards, batch.features, batch.usable))
-    data = rewards, features, usable = [torch.cat(tensors) for tensors in zip(*batches)]
-    run.optimizers["value"] = ShardedAdamW(run.rm.value_head, cfg.value_lr, cfg)
-    tenth = count // 10  # kept out of the fit (of fewer than 10: none)
-    parts = torch.arange(count - tenth).split(cfg.value_batch) * cfg.value_epochs
-    for done, part in enumerate(parts):
-        run.lr_scale = 1 - (cfg.lr_schedule == "linear") * done / len(parts)
-        if usable[part].any():
-            value_step(run, *(x[part] for x in data))
-    run.rm.has_value_head = True
-    diagnose(run, *(x[-tenth:] for x in data))
-    run.log.write(0, "value")
-
-def diagnose(run, rewards, features, usable):
-    """Whether SAVE suits the models, from prompts that V was not fitted to: R2 of V, and at the first threshold
-    what is kept and the common push, the sum of a group's dL/dR (above 0: down)."""
-    values, log = run.rm.value(features).detach(), run.log
-    targets, fitted = masked_mean(rewards, usable, 1), usable.any(1)
-    error = value_loss(values, rewards, usable)
-    variance = masked_mean((targets - masked_mean(targets, fitted)) ** 2, fitted)
-    log.put(value_loss=error, value_target_variance=variance)
-    if variance > 0:
-        log.put(value_r2=1 - error / variance)
-    threshold = curriculum_threshold(1, run.cfg.steps, run.cfg.m0)
-    positive, negative, _ = partition(rm_advantages(rewards, values), threshold, usable)
-    log.put(kept=(positive | negative).float().mean())
-    if rewards.shape[1] > 1:
-        log.put(reward_spread=rewards.std(1).mean())
-    rewards = rewards.clone().requires_grad_()
-    loss = contrastive_loss(rewards, values, positive, negative)
-    log.put(common_push=torch.autograd.grad(loss, rewards)[0].sum())
-
-def each_step(run, heldout, stage, saved):
-    """Yield at each step; around them resume, evaluate, log and save."""
-    cfg, asked, done = run.cfg, [], saved[0]["step"] if saved else 0
-    for name, optimizer in run.optimizers.items() if saved else ():
-        states = [state["optimizers"][name] for state in saved]  # of however many ranks there were
-        lacking = optimizer.owner.keys() - set().union(*states)
-        expect(not lacking, f"--resume: the checkpoint lacks {sorted(lacking)[:1]} of {name}")
-        for state in states:
-            optimizer.load_state_dict(state)
-        optimizer.publish(optimizer.masters)
-    for number in (signal.SIGTERM, signal.SIGINT):  # `main` puts the old handlers back
-        signal.signal(number, lambda *_: asked.append(True))
-    if not done:
-        heldout_accuracy(run, heldout)
-        run.log.write(0, stage)
-    for run.step in tqdm(range(done + 1, cfg.steps + 1), stage, disable=NO_BAR):
-        start = time.perf_counter()
-        run.lr_scale = 1 - (cfg.lr_schedule == "linear") * (run.step - 1) / cfg.steps
-        yield
-        run.log.put(step_seconds=time.perf_counter() - start)
-        if run.step == cfg.steps or cfg.eval_every and run.step % cfg.eval_every == 0:
-            heldout_accuracy(run, heldout)
-        run.log.write(run.step, stage)
-        stopping = total(len(asked))[0] > 0  # a signal to one rank stops all
-        if stopping or cfg.save_every and run.step % cfg.save_every == 0:
-            save_checkpoint(run)
-        if stopping:
-            say(f"stopped by a signal after step {run.step}: --resume goes on")
-            sys.exit(0)
-
-def heldout_accuracy(run, heldout):
-    """Percentage of pairs with R(chosen) > R(rejected), of each --heldout file; a tie is wrong."""
-    for name, pairs in heldout.items():
-        rewards, _ = score(run.rm, [side for pair in mine(pairs) for side in pair], run.cfg.micro_tokens)
-        accuracy = 100 * total((rewards[0::2] > rewards[1::2]).sum())[0] / len(pairs)
-        run.log.put(**{f"accuracy_{name}": accuracy})
-        say(f"  accuracy on {name}: {accuracy:.2f} % of {len(pairs)} pairs")
-
 # ---- 8. optimizer and offload -----------------------------------------------
 class ShardedAdamW:
     """AdamW on fp32 masters, whole parameters dealt to ranks (ZeRO-1): a bf16 model would not move at lr 1e-7.
-    `keep_initial`: initial weights are dealt too, `swapped` makes the reference model of them."""
+    `keep_initial`: the initial weights too, published they make the reference model."""
     max_norm = 1.0  # gradients are clipped to it
 
     def __init__(self, model, lr, cfg, keep_initial=False):
@@ -767,13 +737,6 @@ class ShardedAdamW:
             if self.owner[name] == RANK:
                 p.data.copy_(source[name])
             broadcast(p.data, self.owner[name])
-
-    @contextlib.contextmanager
-    def swapped(self):
-        """Inside, the working copy holds the initial weights: the reference model."""
-        self.publish(self.initial)
-        yield
-        self.publish(self.masters)
 
     def step(self, lr_scale=1.0):
         """One step from p.grad, the same on every rank. Returns the gradient norm before clipping."""
@@ -814,30 +777,19 @@ def start_ranks(device):
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
         patience = datetime.timedelta(hours=2)  # one rank may decode much longer than another
-        # after a restart torchrun's store holds the addresses of the dead ranks (pytorch issue 135712)
-        attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", timeout=patience))[0])
-        kind = "gloo" if device == "cpu" else "nccl"
-        dist.init_process_group(kind, store=store, rank=RANK, world_size=WORLD, timeout=patience)
-        atexit.register(dist.destroy_process_group)
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=patience)
 
-def barrier():
-    """Wait for every rank."""
+def together(work):
+    """work() on every rank; what one refuses all refuse, and rank 0 says it."""
+    result, refusals = None, [""] * WORLD
+    try:
+        result = work()
+    except UsageError as error:
+        refusals[RANK] = str(error)
     if WORLD > 1:
-        dist.barrier()
-
-def together(work, in_turn=False):
-    """work() on every rank; what one refuses all refuse. `in_turn`: host memory holds weights once."""
-    refusal, result = "", None
-    for rank in range(WORLD if in_turn else 1):
-        try:
-            result = work() if rank == RANK or not in_turn else result
-        except UsageError as error:
-            refusal = str(error)
-        barrier()
-    refusals = [refusal] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(refusals, refusal)
+        dist.all_gather_object(refusals, refusals[RANK])
+    if any(refusals) and RANK > 0:
+        sys.exit(2)
     expect(not any(refusals), max(refusals))
     return result
 
@@ -868,30 +820,36 @@ def total(*numbers):
 
 def accumulate(model, batches, micro_loss):
     """The gradient of micro_loss(model, rows) -> (loss, numbers), summed, into p.grad -> sums of numbers.
-    Ranks may have different numbers of micro-batches, at least one. DDP averages over ranks: a factor WORLD."""
+    Ranks may have different numbers of micro-batches; one without any takes part with row 0 at weight 0."""
     model.zero_grad()
-    model.train()  # activations are recomputed in no other mode; there is no dropout
+    wrapped, sums, weight = model.train(), [], bool(batches)  # activations are recomputed in no other mode
     if isinstance(model, RewardModel):  # V has a step of its own
         model.value_head.requires_grad_(False)
-    wrapped, sums = model, []
     if WORLD > 1:  # gradients that are there become views of DDP's buckets
         for p in filter(lambda p: p.requires_grad, model.parameters()):
             p.grad = torch.zeros_like(p)
-        ddp = nn.parallel.DistributedDataParallel
         # otherwise its first bucket is the whole model
         newer = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
         sizes = {"bucket_cap_mb_list": [25]} if newer else {}
+        ddp = nn.parallel.DistributedDataParallel
         wrapped = ddp(model, init_sync=False, gradient_as_bucket_view=True, **sizes)
-    for i, rows in enumerate(batches):
-        wrapped.require_backward_grad_sync = i == len(batches) - 1  # gradients are exchanged once
+    for rows in batches or [[0]]:
+        wrapped.require_backward_grad_sync = not batches or rows is batches[-1]  # gradients are exchanged once
         loss, numbers = micro_loss(wrapped, rows)
-        (loss * WORLD).backward()
-        sums.append([number.detach() for number in numbers])
+        (loss * weight * WORLD).backward()  # DDP averages over ranks
+        sums.append([number.detach() * weight for number in numbers])
     model.eval()
     return total(*map(sum, zip(*sums)))
 
+def train_on(run, name, batches, micro_loss):
+    """One step of the model `name` on all ranks' micro-batches -> the sums of micro_loss's numbers."""
+    with run.log.time(f"{name}_update"):
+        sums = accumulate(getattr(run, name), batches, micro_loss)
+        run.log.put(**{f"{name}_grad_norm": run.optimizers[name].step(run.lr_scale)})
+    return sums
+
 # ---- 10. text and data ------------------------------------------------------
-DATE = "26 Jul 2024"  # Llama-3.2's template prints today's date otherwise
+DATE = datetime.datetime(2024, 7, 26)  # some templates print today's date otherwise
 
 def encode_chats(tokenizer, chats, generation_prompt=False):
     """Lists of messages -> lists of token ids, with one BOS where the tokenizer wants one."""
@@ -900,7 +858,7 @@ def encode_chats(tokenizer, chats, generation_prompt=False):
     chats = [[{key: pattern.sub(lambda m: m[0][0] + " " + m[0][1:], text) for key, text in message.items()}
               for message in chat] for chat in chats]
     texts = tokenizer.apply_chat_template(
-        chats, tokenize=False, date_string=DATE, add_generation_prompt=generation_prompt)
+        chats, tokenize=False, date_string=f"{DATE:%d %b %Y}", add_generation_prompt=generation_prompt)
     texts = [text.encode("utf-8", "replace").decode() for text in texts]  # without lone surrogates
     rows, bos = tokenizer(texts, add_special_tokens=False)["input_ids"], [tokenizer.bos_token_id]
     wants_bos = tokenizer("")["input_ids"][:1] == bos
@@ -933,8 +891,17 @@ def read_rows(source, flag):
             yield f"--{flag} {source} row {number}", row
     except Exception as error:
         where = f" row {number + 1}" if isinstance(error, ValueError) else ""
-        fail(f"--{flag} {source}{where}: expected JSON, parquet or a hub dataset ({first_line(error)})")
+        expect(False, f"--{flag} {source}{where}: expected JSON, parquet or a hub dataset ({first_line(error)})")
     expect(number, f"--{flag} {source}: expected one row or more")
+
+def used_rows(source, flag, use):
+    """use(row) of every row, joined. A bad row of a file stops the run, one of a hub set is left out."""
+    used, number, own = [], 0, Path(source).exists()
+    for number, (where, row) in enumerate(read_rows(source, flag), 1):
+        with blamed(where, refuse=own):
+            used += use(row)
+    say(f"{len(used)} of {number} rows of {source} are used")
+    return expect(used, f"--{flag} {source}: expected rows that can be used")
 
 def as_messages(value, where):
     """A chat from a string or from a list of {"role", "content"}."""
@@ -944,44 +911,36 @@ def as_messages(value, where):
     expect(fine, f'{where}: expected text or a list of {{"role", "content"}} messages, got {repr(value)[:80]}')
     return [{key: message[key] for key in ("role", "content")} for message in chat]
 
-def read_prompts(cfg, tokenizer):
-    """[(messages, policy token ids)] of --prompts: rows are strings, message lists, or {"prompt": either}."""
-    prompts, own = [], Path(cfg.prompts).exists()
-    for number, (where, row) in enumerate(read_rows(cfg.prompts, "prompts"), 1):
-        with blamed(where, refuse=own):  # a bad row of a hub set is left out
-            row = row if isinstance(row, dict) else {"prompt": row}
-            expect({"prompt", "messages"} & {*row}, f"expected a column prompt, got {', '.join(row)}")
-            messages = as_messages(row.get("prompt", row.get("messages")), "prompt")
-            expect(messages[-1]["role"] != "assistant", "expected a prompt, not an answer at its end")
-            [ids] = encode_chats(tokenizer, [messages], generation_prompt=True)
-            limit = cfg.max_prompt_tokens
-            expect(0 < len(ids) <= limit, f"{len(ids)} tokens, expected at most --max_prompt_tokens {limit}")
-            # F.1, read as R2M has it: leave out prompts whose known responses are longer
-            replies = [as_messages(row[side], side)[-1]["content"] for side in ("chosen", "rejected") if side in row]
-            lengths = [len(tokenizer(reply, add_special_tokens=False)["input_ids"]) for reply in replies]
-            prompts += [(messages, ids)] if max(lengths, default=0) <= cfg.max_new_tokens else []
-    say(f"{len(prompts)} of {number} rows of {cfg.prompts} are used")
-    return prompts or fail(f"--prompts {cfg.prompts}: expected rows that can be used")
+def prompt_of(row, cfg, policy, rm):
+    """[(messages, policy token ids)] of a row: a string, messages, or {"prompt": either}; [] if its known responses
+    are too long (F.1, read as R2M has it). What either model could not take later is refused now."""
+    row = row if isinstance(row, dict) else {"prompt": row}
+    expect({"prompt", "messages"} & {*row}, f"expected a column prompt, got {', '.join(row)}")
+    messages = as_messages(row.get("prompt", row.get("messages")), "prompt")
+    expect(messages[-1]["role"] != "assistant", "expected a prompt, not an answer at its end")
+    [ids] = encode_chats(policy.tokenizer, [messages], generation_prompt=True)
+    limit = cfg.max_prompt_tokens
+    expect(0 < len(ids) <= limit, f"{len(ids)} tokens, expected at most --max_prompt_tokens {limit}")
+    for tokens, model in ((ids, policy), (encode_responses(rm.tokenizer, messages, [""])[0][0], rm)):
+        limit = getattr(model.model.config, "max_position_embeddings", None) or sys.maxsize
+        expect(len(tokens) + cfg.max_new_tokens <= limit, f"{len(tokens)} tokens and --max_new_tokens: expected at most "
+               f"{limit} together, the context of the {type(model).__name__}")
+    known = [as_messages(row[side], side)[-1]["content"] for side in ("chosen", "rejected") if side in row]
+    lengths = [len(policy.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in known]
+    return [(messages, ids)] if max(lengths, default=0) <= cfg.max_new_tokens else []
 
-def read_pairs(cfg, source, flag, tokenizer):
-    """Rows of prompt, chosen, rejected -> [(chosen, rejected)], each (ids, prompt_length)."""
-    limit = cfg.max_prompt_tokens + cfg.max_new_tokens if flag == "pairs" else tokenizer.model_max_length
-    pairs, own = [], Path(source).exists()
-    for number, (where, row) in enumerate(read_rows(source, flag), 1):
-        with blamed(where, refuse=own):
-            there = isinstance(row, dict) and {"chosen", "rejected"} <= {*row}
-            expect(there, f"expected columns prompt, chosen, rejected, got {', '.join(row)}")
-            chosen, rejected = (as_messages(row.get(side), side) for side in ("chosen", "rejected"))
-            sides = ("chosen", chosen), ("rejected", rejected)
-            whole = [chat for side, chat in sides if isinstance(row[side], list)]
-            expect(all(chat[-1]["role"] == "assistant" and chat[:-1] == whole[0][:-1] for chat in whole),
-                   "expected chosen and rejected to be answers to the same chat")
-            prompt = as_messages(row.get("prompt") or whole and whole[0][:-1], "prompt")
-            pair = encode_responses(tokenizer, prompt, [chosen[-1]["content"], rejected[-1]["content"]])
-            expect(max(len(ids) for ids, _ in pair) <= limit, f"expected at most {limit} tokens (--max_prompt_tokens)")
-            pairs.append(pair)
-    say(f"{len(pairs)} of {number} rows of {source} are used")
-    return pairs or fail(f"--{flag} {source}: expected rows that can be used")
+def pair_of(row, tokenizer, limit):
+    """[(chosen, rejected)] of a row of prompt, chosen, rejected; each (ids, prompt_length) of at most `limit` tokens."""
+    there = isinstance(row, dict) and {"chosen", "rejected"} <= {*row}
+    expect(there, f"expected columns prompt, chosen, rejected, got {', '.join(row)}")
+    chats = {side: as_messages(row[side], side) for side in ("chosen", "rejected")}
+    whole = [chat for side, chat in chats.items() if isinstance(row[side], list)]
+    expect(all(chat[-1]["role"] == "assistant" and chat[:-1] == whole[0][:-1] for chat in whole),
+           "expected chosen and rejected to be answers to the same chat")
+    prompt = as_messages(row.get("prompt") or whole and whole[0][:-1], "prompt")
+    pair = encode_responses(tokenizer, prompt, [chat[-1]["content"] for chat in chats.values()])
+    expect(max(len(ids) for ids, _ in pair) <= limit, f"expected at most {limit} tokens")
+    return [pair]
 
 def model_inputs(sequences, device):
     """[(ids, prompt_length)] -> input_ids (n,T) right-padded, lengths (n,), prompt_lengths (n,)."""
@@ -1021,28 +980,12 @@ def replaced_folder(path, *parts):
         new.mkdir(parents=True)
         for part in parts:  # a model, a tokenizer
             part.save_pretrained(new)
-    barrier()
+    total(0)  # wait for every rank
     yield new
-    barrier()
+    total(0)
     if RANK == 0:
-        for file in filter(Path.is_file, new.rglob("*")):
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
         shutil.rmtree(path, ignore_errors=True)
         os.replace(new, path)
-
-def save_models(run):
-    """rm/ in fp32 and policy/, stock Hugging Face folders of the masters."""
-    out = Path(run.cfg.out)
-    if "rm" in run.optimizers:
-        run.rm.model.float()
-        run.optimizers["rm"].publish(run.optimizers["rm"].masters)
-    if run.optimizers.keys() & {"rm", "value"}:
-        run.rm.save_pretrained(out / "rm")
-    if "policy" in run.optimizers:
-        with replaced_folder(out / "policy", run.policy.model, run.policy.tokenizer):
-            pass
-    say("models:", *sorted(file.parent for file in out.glob("*/config.json")))
 
 def checkpoints(out):
     """Complete checkpoints, oldest first."""
@@ -1051,8 +994,7 @@ def checkpoints(out):
 def save_checkpoint(run):
     """checkpoints/step_000123/rank_00000.pt of each rank. Two are kept."""
     out = Path(run.cfg.out)
-    state = {"step": run.step, "world": WORLD, "deflation": run.log.deflation,
-             "config": {**dataclasses.asdict(run.cfg), **run.inputs},
+    state = {"step": run.step, "world": WORLD, "config": {**dataclasses.asdict(run.cfg), **run.inputs},
              "logs": {name: (out / name).stat().st_size for name in Log.files if RANK == 0},
              "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}}
     with replaced_folder(out / "checkpoints" / f"step_{run.step:06d}") as folder:
@@ -1080,7 +1022,7 @@ def read_checkpoint(cfg, inputs):
 
 def say(*words):
     """Print on rank 0, at once and without breaking a progress bar."""
-    if RANK == 0 and sys.stdout:
+    if RANK == 0:
         tqdm.write(" ".join(map(str, words)))
         sys.stdout.flush()
 
@@ -1089,19 +1031,14 @@ class Log:
     files = "metrics.jsonl", "samples.jsonl"
 
     def __init__(self, cfg, saved=()):
-        self.cfg, self.record, self.deflation = cfg, {}, saved[0]["deflation"] if saved else 1.0
+        self.cfg, self.record = cfg, {}
         if RANK == 0:
-            with blamed(f"--out {cfg.out}: expected a folder that no other run writes to"):
-                Path(cfg.out).mkdir(parents=True, exist_ok=True)
-                self.lock = open(Path(cfg.out, ".lock"), "w")  # the system drops the lock with the process
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            Path(cfg.out).mkdir(parents=True, exist_ok=True)
             for name in Log.files:  # the steps after the checkpoint come again
                 with open(Path(cfg.out, name), "a") as file:
                     file.truncate(min(file.tell(), saved[0]["logs"][name] if saved else 0))
-        source = Path(__file__).read_bytes()
-        self.append("metrics.jsonl", {
-            "config": dataclasses.asdict(cfg), "world": WORLD, "python": sys.version, "torch": torch.__version__,
-            "transformers": transformers.__version__, "sha256": hashlib.sha256(source).hexdigest()})
+        self.append("metrics.jsonl", {"config": dataclasses.asdict(cfg), "world": WORLD, "torch": torch.__version__,
+                                      "transformers": transformers.__version__})
 
     def append(self, name, *records):
         """Add JSON lines to a file under --out, on rank 0."""
@@ -1132,29 +1069,38 @@ class Log:
         self.append("metrics.jsonl", record)
         if step % 10 == 0 or step in (1, self.cfg.steps):
             shown = ("rm_loss", "rm_accuracy", "reward", "reward_spread", "kept", "valid", "value_bias", "kl",
-                     "deflation", "common_push", "value_loss", "value_target_variance", "value_r2", "step_seconds")
+                     "common_push", "value_loss", "value_target_variance", "value_r2", "step_seconds")
             say(stage, step, *(f" {name} {record[name]:.4g}" for name in shown if name in record))
 
 def record(run, batch, positive, negative, valid):
     """What the filter did and whether V is any good; rank 0's responses go to samples.jsonl."""
     cfg, rewards, values, sides = run.cfg, batch.rewards, anchor(run, batch), positive.int() - negative.int()
     means = {"reward": rewards, "reward_spread": rewards.std(1), "kept": sides.abs(), "positive": positive,
-             "valid": valid, "usable": batch.usable, "response_tokens": batch.lengths, "truncated": ~batch.ended}
+             "valid": valid, "response_tokens": batch.lengths, "truncated": ~batch.ended}
     run.log.put(**{name: x.float().mean() for name, x in means.items()},
                 tokens_per_second=batch.lengths.sum().item() / run.log.record["rollout_seconds"])
     if RM_UPDATES[cfg.rm_update].anchor == "value head":
-        bias, fitted = values - masked_mean(rewards, batch.usable, 1), batch.usable.any(1)
+        bias, fitted = values - masked_mean(rewards, batch.ended, 1), batch.ended.any(1)
         run.log.put(value_bias=masked_mean(bias, fitted), value_rmse=masked_mean(bias ** 2, fitted).sqrt(),
-                    threshold=curriculum_threshold(batch.step, cfg.steps, cfg.m0))
+                    threshold=curriculum_threshold(run.step, cfg.steps, cfg.m0))
     prompts = [messages for messages, _ in batch.prompts for _ in range(cfg.group)]
     columns = rewards, ~batch.ended, values[:, None].expand_as(rewards), sides
     rows = zip(prompts, batch.texts, *(mine(x).flatten().tolist() for x in columns))
     run.log.append("samples.jsonl", *(
-        {"step": batch.step, "prompt": prompt, "response": text, "reward": reward, "truncated": truncated,
+        {"step": run.step, "prompt": prompt, "response": text, "reward": reward, "truncated": truncated,
          "value": value, "side": ("", "+", "-")[side], "kept": side != 0}
         for prompt, text, reward, truncated, value, side in rows))
 
-# ---- 12. main ---------------------------------------------------------------
+# ---- 12. errors and main ----------------------------------------------------
+class UsageError(Exception):
+    """Bad input: one line, exit code 2, nothing is written."""
+
+def expect(fine, message):
+    """What is fine, or stop with one line: the flag, the file and the row, and what was expected."""
+    if not fine:
+        raise UsageError(" ".join(str(message).split()))
+    return fine
+
 def first_line(error):
     """The first non-empty line of an exception."""
     return next(filter(None, map(str.strip, str(error).split("\n"))), type(error).__name__)[:200]
@@ -1167,117 +1113,60 @@ def blamed(what, refuse=True):
     except Exception as error:
         expect(not refuse, f"{what}: {first_line(error)}")
 
+def prepare(cfg):
+    """Load and check everything. It may refuse and writes nothing -> Run, rows, held-out pairs, checkpoint."""
+    preference, saving, row = cfg.stage == "preference", cfg.stage in ("", "save"), RM_UPDATES[cfg.rm_update]
+    models = [Path(path).resolve() for path in (cfg.rm, cfg.policy)]
+    results = [Path(cfg.out, name).resolve() for name in ("rm", "policy", *Log.files)]
+    taken = any(path in models or path.exists() and not cfg.resume for path in results) or Path(cfg.out).is_file()
+    expect(cfg.out and not taken, f"--out {cfg.out}: expected a new folder, or --resume")
+    run = Run(cfg, RewardModel.from_pretrained(cfg.rm, cfg.device))
+    lacking = cfg.stage == "save" and row.anchor == "value head" and not run.rm.has_value_head
+    expect(not lacking, f"--rm {cfg.rm}: expected value_head.safetensors, run --stage value first")
+    # masters are taken before --dtype rounds the working copies
+    if preference or saving and row.loss:
+        run.optimizers["rm"] = ShardedAdamW(run.rm.model, cfg.lr_rm, cfg)
+    to_working_copy(run.rm, cfg)
+    if not preference:
+        run.policy = Policy.from_pretrained(cfg.policy, cfg.device)
+        if saving:
+            model, reference = run.policy.model, cfg.kl_coef > 0
+            run.optimizers["policy"] = ShardedAdamW(model, cfg.lr_policy, cfg, keep_initial=reference)
+        to_working_copy(run.policy, cfg)
+    words, limit = run.rm.tokenizer, getattr(run.rm.model.config, "max_position_embeddings", None) or sys.maxsize
+    heldout = {Path(file).name.split(".")[0]: used_rows(file, "heldout", lambda row: pair_of(row, words, limit))
+               for file in cfg.heldout}
+    expect(len(heldout) == len(cfg.heldout), f"--heldout {' '.join(cfg.heldout)}: expected files of different names")
+    if preference:
+        limit = min(limit, cfg.max_prompt_tokens + cfg.max_new_tokens)
+        rows = used_rows(cfg.pairs, "pairs", lambda row: pair_of(row, words, limit))
+        run.cfg = dataclasses.replace(cfg, steps=cfg.steps or max(1, len(rows) // cfg.batch))
+    else:
+        rows = used_rows(cfg.prompts, "prompts", lambda row: prompt_of(row, cfg, run.policy, run.rm))
+    files = [(file.name, file.stat().st_size) for path in models for file in sorted(path.glob("*"))]
+    digest = hashlib.sha256(repr((files, rows)).encode()).hexdigest()[:16]
+    run.inputs = {"rm, --policy, --pairs or --prompts (contents)": digest}
+    return run, rows, heldout, read_checkpoint(run.cfg, run.inputs)
+
 def main(argv=None, kind=Config):
     """Parse, check, load, run. What a user can cause ends as one line on stderr."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not in a notebook
-            stream.reconfigure(errors="backslashreplace")  # or ASCII fails
+    cfg = None
     try:
         cfg = parse_config(argv, kind).checked()
         start_ranks(cfg.device)
-        train(cfg)
-    except (UsageError, KeyboardInterrupt) as error:
-        if RANK == 0:
-            print(f"save.py: error: {str(error) or 'stopped by Ctrl-C'}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, UsageError) else 130)
-    except (FloatingPointError, OSError, safetensors.SafetensorError, RuntimeError) as error:
-        full = isinstance(error, torch.OutOfMemoryError)
-        lost = WORLD > 1 and re.search("gloo|nccl|Connection (closed|reset)", str(error), re.I)
-        if isinstance(error, RuntimeError) and not full and not lost:
-            raise
-        hint = "; lower --micro_tokens, --cache_tokens, --max_new_tokens, or --offload" if full else ""
-        hint = "; another rank is lost, start again with --resume" if lost else hint
-        print(f"save.py: error: rank {RANK}: {first_line(error)}{hint}", file=sys.stderr, flush=True)
-        os._exit(1) if WORLD > 1 else sys.exit(1)  # leaving in order would wait for the other ranks
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-def memory_needed(run, tokens):
-    """{phase: peak bytes of this GPU}, rather too few: what fits must run. `tokens`: of a rank."""
-    cfg, always, more = run.cfg, torch.cuda.memory_allocated(), {}
-    if run.policy and not getattr(run.policy.model.config, "sliding_window", None):
-        named = run.policy.named_parameters()
-        kept = sum(len(p) * p.itemsize for name, p in named if re.search("[kv]_proj.weight", name))
-        more["rollout"] = kept * min(cfg.cache_tokens or tokens, tokens)
-    for name, optimizer in run.optimizers.items():
-        sizes = {key: p.nbytes for key, p in getattr(run, name).model.named_parameters()}
-        masters = sum(p.nbytes for p in optimizer.masters.values() if not cfg.offload)
-        always += 2 * masters  # moments
-        # inputs of all layers, as much within one; then fp32 gradients take the place of the model's
-        width = 2 * sum(size for key, size in sizes.items() if "input_layernorm.weight" in key)
-        more[f"{name}_update"] = max(masters, sum(sizes.values()) + width * min(cfg.micro_tokens, tokens))
-    return {"always": always, **{phase: always + x for phase, x in more.items()}}
-
-def check_memory(run, tokens):
-    """Refuse what a GPU cannot hold."""
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    advice = {"always": "smaller models", "rollout": "lower --cache_tokens"}
-    fewer = "" if run.cfg.offload or not run.optimizers else "--offload, more GPUs, "
-    for phase, need in memory_needed(run, tokens).items():
-        flags = fewer + advice.get(phase, "lower --micro_tokens")
-        there = f"{need / 1e9:.1f} GB on each GPU, {free / 1e9:.1f} GB are free"
-        expect(need <= free, f"{WORLD} ranks, {phase}: needs {there}: {flags}")
-
-def train(cfg):
-    """Read all input before writing any output, then run the stages asked for."""
-    preference, saving, row = cfg.stage == "preference", cfg.stage in ("", "save"), RM_UPDATES[cfg.rm_update]
-    anchored, models = row.anchor == "value head", [Path(path).resolve() for path in (cfg.rm, cfg.policy)]
-    results = [Path(cfg.out, name).resolve() for name in ("rm", "policy", *Log.files)]
-    taken = any(path in models or path.exists() and not cfg.resume for path in results)
-    expect(cfg.out and not taken, f"--out {cfg.out}: expected a new folder, or --resume")
-    words = together(lambda: load_tokenizer(cfg.rm, "rm"))
-    names = [Path(file).name.split(".")[0] for file in cfg.heldout]
-    expect(len({*names}) == len(names), f"--heldout: expected files of different names, got {' '.join(names)}")
-    heldout = dict(zip(names, together(lambda: [read_pairs(cfg, file, "heldout", words) for file in cfg.heldout])))
-    if preference:
-        rows = together(lambda: read_pairs(cfg, cfg.pairs, "pairs", words))
-        cfg = dataclasses.replace(cfg, steps=cfg.steps or max(1, len(rows) // cfg.batch))
-    else:
-        rows = together(lambda: read_prompts(cfg, load_tokenizer(cfg.policy)))
-    files = [(file.name, file.stat().st_size) for path in models for file in sorted(path.glob("*"))]
-    digest = hashlib.sha256(repr((files, rows)).encode()).hexdigest()[:16]
-    inputs = {"rm, --policy, --pairs or --prompts (contents)": digest}
-    saved = together(lambda: read_checkpoint(cfg, inputs))
-    rm = together(lambda: RewardModel.from_pretrained(cfg.rm, preference, cfg.seed).to(cfg.device), in_turn=True)
-    lacking = cfg.stage == "save" and anchored and not rm.has_value_head
-    expect(not lacking, f"--rm {cfg.rm}: expected value_head.safetensors, run --stage value first")
-    run = Run(cfg, rm, inputs=inputs)
-    # masters are taken before --dtype rounds the working copies
-    if preference or saving and row.loss:
-        run.optimizers["rm"] = ShardedAdamW(rm.model, cfg.lr_rm, cfg)
-    to_working_copy(rm, cfg)
-    if not preference:
-        run.policy = together(lambda: Policy.from_pretrained(cfg.policy).to(cfg.device), in_turn=True)
-        limit = getattr(run.policy.model.config, "max_position_embeddings", None) or sys.maxsize
-        fits = cfg.max_prompt_tokens + cfg.max_new_tokens <= limit
-        expect(fits, f"--max_prompt_tokens and --max_new_tokens: expected at most {limit} together")
-        if saving:
-            reference = cfg.kl_coef > 0
-            run.optimizers["policy"] = ShardedAdamW(run.policy.model, cfg.lr_policy, cfg, keep_initial=reference)
-        to_working_copy(run.policy, cfg).check_logits(cfg.policy)
-    if cfg.device != "cpu":
-        group = {"preference": 2, "value": cfg.value_k}.get(cfg.stage, cfg.group)
-        each = sum(len(a[0]) if preference else len(b) + cfg.max_new_tokens for a, b in rows) / len(rows)
-        together(lambda: check_memory(run, cfg.batch // WORLD * group * each))
-    run.log = together(lambda: Log(cfg, saved))
-    if preference:
-        rm.has_value_head = False  # one that it had belongs to other rewards
-        for _ in each_step(run, heldout, "preference", saved):
-            preference_step(run, rows)
-    if cfg.stage == "value" or saving and anchored and not rm.has_value_head and not saved:
-        value_stage(run, rows)
-    if cfg.stage == "value":  # the rest as it was before --dtype rounded it
-        rm.model = RewardModel.from_pretrained(cfg.rm).model if RANK == 0 else rm.model
-    if saving and anchored:
-        run.optimizers["value"], rm.has_value_head = ShardedAdamW(rm.value_head, cfg.lr_value, cfg), True
-    if saving:
-        for _ in each_step(run, heldout, "save", saved):
-            save_step(run, rows)
-    save_models(run)
+        train(*together(lambda: prepare(cfg)))
+    except (UsageError, KeyboardInterrupt, FloatingPointError, OSError, safetensors.SafetensorError,
+            torch.OutOfMemoryError) as error:
+        code = {UsageError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+        line = "stopped by Ctrl-C" if code == 130 else first_line(error)
+        line = line if code > 1 else f"rank {RANK}: {line}"
+        hint = "; lower --micro_tokens, --cache_tokens, --max_new_tokens, or --offload"
+        hint = hint if isinstance(error, torch.OutOfMemoryError) else ""
+        if RANK == 0 or cfg and code < 130:  # what all ranks refuse rank 0 says
+            print(f"save.py: error: {line}{hint}", file=sys.stderr, flush=True)
+        os._exit(code) if WORLD > 1 else sys.exit(code)  # leaving in order would wait for the other ranks
 
 if __name__ == "__main__":
     main()

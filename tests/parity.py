@@ -26,20 +26,19 @@ TINY = ("--steps 6 --batch 4 --group 4 --m0 0.7 --seed 5 --max_new_tokens 12 --m
         "--lr_value 1e-3 --lr_policy 1e-3 --micro_tokens 128 --save_every 0 --device cpu")
 PAIRS = "--pairs {0}/tiny0/pairs.jsonl"
 LABELS = "--rm {0}/before/value/rm --label_rms {0}/before/value1/rm {0}/before/value2/rm"
-CASES = {  # flags; "before | after" where they differ; ensemble takes models of the cases value*
+CASES = {  # flags; ensemble takes models of the cases value*
     "grpo": "", "rloo": "--algo rloo", "gspo4": "--algo gspo --num_minibatches 4", "offload": "--offload",
-    "mean_reward": "--rm_update mean_reward", "none": "--rm_update none", "kl0": "--kl_coef 0",
-    "linear": "--lr_schedule linear", "bf16": "--dtype bfloat16", "value": "--stage value",
-    "value1": "--stage value --rm {0}/tiny1/rm", "value2": "--stage value --rm {0}/tiny2/rm",
-    "preference_rm": f"--stage preference {PAIRS}", "no_curriculum": "--no_curriculum | --m0 0",
-    "preference_policy": f"--stage preference {PAIRS} --rm {{0}}/tiny0/policy", "micro": "--micro_tokens 40",
-    "frozen_policy": "--freeze_policy | --lr_policy 0", "waves": "--cache_tokens 60", "two_ranks": "",
-    "resume": "--save_every 3", "r2m": "--r2m_width 8", "prime": "--lr_prm 1e-3",
-    "hl_bt": "--rm_update hl_bt |", "balanced": "--rm_update balanced |", "reinforce_pp": "--algo reinforce++ |",
-    "offline": f"--rm_update offline {PAIRS} | {PAIRS}", "ensemble": f"--rm_update balanced {LABELS} | {LABELS}",
-    "laptop": "", "laptop_rloo": "--algo rloo --steps 20", "laptop_gspo4": "--algo gspo --num_minibatches 4 --steps 20"}
-FORKS = {"before": {name: f"tests/rivals/{name}.py" for name in ("r2m", "prime")}, "after": {
-    name: f"tests/forks/{name}.py" for name in "hl_bt balanced reinforce_pp offline ensemble r2m prime".split()}}
+    "mean_reward": "--rm_update mean_reward", "centred": "--rm_update centred", "none": "--rm_update none",
+    "kl0": "--kl_coef 0", "linear": "--lr_schedule linear", "bf16": "--dtype bfloat16", "m0": "--m0 0",
+    "value": "--stage value", "value1": "--stage value --rm {0}/tiny1/rm", "value2": "--stage value --rm {0}/tiny2/rm",
+    "preference": f"--stage preference {PAIRS}", "frozen_policy": "--lr_policy 0", "micro": "--micro_tokens 40",
+    "waves": "--cache_tokens 60", "two_ranks": "", "two_ranks_gspo2": "--algo gspo --num_minibatches 2",
+    "two_ranks_preference": f"--stage preference {PAIRS}", "resume": "--save_every 3", "hl_bt": "", "balanced": "",
+    "reinforce_pp": "", "verifier": "", "offline": PAIRS, "ensemble": LABELS, "r2m": "--r2m_width 8",
+    "prime": "--lr_prm 1e-3", "laptop": "", "laptop_rloo": "--algo rloo --steps 20",
+    "laptop_gspo4": "--algo gspo --num_minibatches 4 --steps 20"}
+FORKS = "hl_bt balanced reinforce_pp verifier offline ensemble r2m prime".split()
+MAY_LACK = {"usable", "deflation", "common_push", "spread_after"}  # columns that one of the two may lack
 
 def python(checkout, words, log):
     """Run this interpreter in a checkout -> its output, which `log` gets too."""
@@ -54,13 +53,14 @@ def python(checkout, words, log):
 def run(args, side, name):
     """A case on one side, "before" or "after" -> its folder."""
     checkout, folder = HERE if side == "after" else args.before, args.out / side / name
-    script, log, done = FORKS[side].get(name, "save.py"), Path(f"{folder}.log"), folder / "done"
+    script = f"tests/forks/{name}.py" if name in FORKS else "save.py"
+    log, done = Path(f"{folder}.log"), folder / "done"
     if not (checkout / script).is_file():
         raise RuntimeError(f"missing: {script}")
     world = args.out / ("laptop" if "laptop" in name else "tiny0")
     settings = python(checkout, ["tests/toy.py", "--flags"], folder.with_suffix(".flags")) if "laptop" in name else TINY
-    own = CASES[name].format(args.out).split("|")[-1 if side == "after" else 0]
-    ranks = "-m torch.distributed.run --standalone --nproc-per-node 2" if name == "two_ranks" else ""
+    own = CASES[name].format(args.out)
+    ranks = "-m torch.distributed.run --standalone --nproc-per-node 2" if "two_ranks" in name else ""
     words = [*ranks.split(), script, "--policy", world / "policy", "--rm", world / "rm", "--prompts",
              world / "prompts.jsonl", "--heldout", *sorted(world.glob("heldout_*")), *settings.split(), *own.split()]
     key = f"{words} {(checkout / 'save.py').read_text()}"
@@ -84,24 +84,23 @@ def records(folder, file):
 
 def compare(args, name):
     """Run a case on both sides -> its line: "equal", or what differs first. RuntimeError if a side fails."""
-    found, both = [], [run(args, side, name) for side in FORKS]
-    shared = name == "frozen_policy"  # only one side has a policy and columns about it
+    found, both = [], [run(args, side, name) for side in ("before", "after")]
     for file in ("metrics.jsonl", "samples.jsonl"):
         rows = zip_longest(*(records(folder, file) for folder in both), fillvalue={})
         found += [f"{file} step {a.get('step')} {name}: {a.get(name)} before, {b.get(name)} after"
-                  for a, b in rows for name in {**a, **b} if name in a and name in b or not (shared and a and b)
+                  for a, b in rows for name in {**a, **b} if not (name in MAY_LACK and (name in a) != (name in b))
                   if json.dumps(a.get(name)) != json.dumps(b.get(name))][:1]
     if not found and len({file.read_bytes() for folder in both for file in folder.glob("samples.jsonl")}) > 1:
         found.append("samples.jsonl: other bytes")
     old, new = ({f"{file.parent.name}/{file.name} {name}": x for file in folder.glob("*/*.safetensors")
                  for name, x in load_file(file).items()} for folder in both)
     none = torch.tensor([float("inf")])  # in place of a tensor that the other side lacks
-    pairs = [(old.get(name, none), new.get(name, none)) for name in (old if shared else {**old, **new})]
+    pairs = [(old.get(name, none), new.get(name, none)) for name in {**old, **new}]
     apart = [(a.double() - b.double()).abs().max().item() for a, b in pairs
              if not torch.equal(*(x.flatten().view(torch.uint8) for x in (a, b)))]
     if apart or not pairs:
         found.append(f"{len(apart)} of {len(pairs)} tensors, by {max(apart, default=0)} at most")
-    return "; ".join(found) or f"equal{' where both have it' * shared}, {len(pairs)} tensors"
+    return "; ".join(found) or f"equal, {len(pairs)} tensors"
 
 def main():
     """Build the worlds that are missing, run the cases, print a line for each."""

@@ -30,7 +30,7 @@ class Run(save.Run):
         super().__init__(cfg, *others, **more)
 
         def frozen(path):
-            rm = save.together(lambda: save.RewardModel.from_pretrained(path), in_turn=True)
+            rm = save.RewardModel.from_pretrained(path, cfg.device)
             save.expect(rm.has_value_head, f"--label_rms {path}: it holds no value_head.safetensors; run save.py "
                         f"--stage value --rm {path} first (--rm is one of the ensemble)")
             return save.to_working_copy(rm, cfg)

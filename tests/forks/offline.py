@@ -23,27 +23,24 @@ def prompt_of(row):
 
 def main(argv=None):
     """save.main with the new row as the default, and two of its functions replaced until it returns."""
-    pairs, read_rows, read_prompts = [], save.read_rows, save.read_prompts
+    pairs, prepare, read_rows = [], save.prepare, save.read_rows
 
-    def read_both(cfg, tokenizer):
-        """The prompts, then the pairs that match them, before anything is written."""
-        prompts = read_prompts(cfg, tokenizer)
+    def with_pairs(cfg):
+        """Also read the pairs that match the prompts, before anything is written."""
+        run, prompts, *others = prepare(cfg)
+        words, limit = run.rm.tokenizer, cfg.max_prompt_tokens + cfg.max_new_tokens
         dropped = {prompt_of(row) for _, row in read_rows(cfg.prompts, "prompts")}
         dropped -= {repr(messages) for messages, _ in prompts}
-
-        def matched(source, flag):
-            return ((where, row) for where, row in read_rows(source, flag) if prompt_of(row) not in dropped)
-
-        with mock.patch.object(save, "read_rows", matched):
-            pairs[:] = save.read_pairs(cfg, cfg.pairs, "pairs", save.load_tokenizer(cfg.rm, "rm"))
-        return prompts
+        pairs[:] = save.used_rows(cfg.pairs, "pairs", lambda row: (
+            [] if prompt_of(row) in dropped else save.pair_of(row, words, limit)))
+        return run, prompts, *others
 
     def reward_model_step(run, *_):
         """Step 2 on static pairs: there is always something to learn from."""
         save.preference_step(run, pairs)
         return True
 
-    with mock.patch.multiple(save, read_prompts=read_both, reward_model_step=reward_model_step):
+    with mock.patch.multiple(save, prepare=with_pairs, reward_model_step=reward_model_step):
         save.main(["--rm_update", "offline", *(sys.argv[1:] if argv is None else argv)])
 
 if __name__ == "__main__":

@@ -83,8 +83,10 @@ def token_log_probs(run, sequences):
     batches = save.micro_batches(range(len(sequences)), sequences, run.cfg.micro_tokens)
     arguments = as_policy, SimpleNamespace(sequences=sequences, lengths=lengths), batches
     log_probs = save.response_log_probs(*arguments)
-    with run.optimizers["prm"].swapped():  # the PRM's initial weights are the reference
-        reference = save.response_log_probs(*arguments)
+    optimizer = run.optimizers["prm"]
+    optimizer.publish(optimizer.initial)  # the PRM's initial weights are the reference
+    reference = save.response_log_probs(*arguments)
+    optimizer.publish(optimizer.masters)
     return log_probs, reference, torch.arange(log_probs.shape[1], device=lengths.device) < lengths[:, None]
 
 def prm_step(run, batch, reference, labels, keep):
@@ -120,9 +122,11 @@ def learn(run, batch):
             save.policy_step(run, batch, keep)
 
 # ---- the run --------------------------------------------------------------------------------------------------------
-def read_pairs(cfg, source, flag, rm_tokenizer):
-    """The pairs in the policy's own template and tokens."""
-    return plain.read_pairs(cfg, source, flag, save.load_tokenizer(cfg.policy))
+def prepare(cfg):
+    """As in save.py, with --heldout in the policy's own template and tokens."""
+    words = save.AutoTokenizer.from_pretrained(cfg.policy, trust_remote_code=False)
+    with mock.patch.object(save, "pair_of", lambda row, _, limit: plain.pair_of(row, words, limit)):
+        return plain.prepare(cfg)
 
 def heldout_accuracy(run, heldout):
     """Share of pairs with r_phi(chosen) > r_phi(rejected), in percent; a tie is wrong: 0 at the start, where phi = ref.
@@ -157,7 +161,7 @@ def each_step(run, *inputs):
 def main(argv=None):
     """save.main with these names of its module replaced until it returns; everything else is save.py's."""
     with mock.patch.multiple(save,
-                             read_pairs=read_pairs,               # --heldout in the policy's tokens, not in the RM's
+                             prepare=prepare,                     # --heldout in the policy's tokens, not in the RM's
                              heldout_accuracy=heldout_accuracy,   # by implicit rewards
                              each_step=each_step,                 # around the steps: load, resume and save the PRM
                              learn=learn):                        # a step, after its responses were sampled

@@ -140,9 +140,13 @@ def sample(run, *args):
     batch.chats = [(ids, (length, tuple(said))) for (ids, length), (said, _) in zip(batch.chats, batch.sequences)]
     return batch
 
-def read_pairs(cfg, source, flag, tokenizer):
+def prepare(cfg):
     """The same for held-out pairs, which come as text."""
-    words = save.load_tokenizer(cfg.policy)
+    words = save.AutoTokenizer.from_pretrained(cfg.policy, trust_remote_code=False)
+
+    def pair_of(row, tokenizer, limit):
+        with mock.patch.object(save, "encode_responses", encode_responses):
+            return plain.pair_of(row, tokenizer, limit)
 
     def encode_responses(tokenizer, messages, responses):
         prompt = save.encode_chats(words, [messages], generation_prompt=True)[0]
@@ -150,8 +154,8 @@ def read_pairs(cfg, source, flag, tokenizer):
         return [(ids, (length, (*prompt, *reply, words.eos_token_id))) for (ids, length), reply in
                 zip(plain.encode_responses(tokenizer, messages, responses), said)]
 
-    with mock.patch.object(save, "encode_responses", encode_responses):
-        return plain.read_pairs(cfg, source, flag, tokenizer)
+    with mock.patch.object(save, "pair_of", pair_of):
+        return plain.prepare(cfg)
 
 def model_inputs(sequences, device):
     """For a reward model's rows also policy_ids (n,S) right-padded and policy_lengths (n,)."""
@@ -172,7 +176,7 @@ def reward_model_step(run, batch, highest, lowest):
 
 def learn(run, batch):
     """One step of plain GRPO on R(x, y, h), then one step of the reward model on the same responses."""
-    run.rm.w = own_share(batch.step, run.cfg.steps, run.cfg.r2m_omega)
+    run.rm.w = own_share(run.step, run.cfg.steps, run.cfg.r2m_omega)
     plain.learn(run, batch)
     pair, before = highest_and_lowest(batch.rewards), batch.rewards
     save.score_batch(run, batch)  # h is the new policy's
@@ -188,7 +192,7 @@ def each_step(run, *inputs):
 def main(argv=None):
     """save.main with these names of its module replaced until it returns."""
     with mock.patch.multiple(save,
-                             read_pairs=read_pairs,      # held-out pairs in the policy's tokens too
+                             prepare=prepare,            # held-out pairs in the policy's tokens too
                              sample=sample,              # responses: keep the policy's tokens with the RM's
                              model_inputs=model_inputs,  # so that both reach R2M.features
                              learn=learn,                # a step of the reward model after that of the policy
