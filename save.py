@@ -1,18 +1,18 @@
 """SAVE: a reward model (RM) that improves itself while it trains a policy (arXiv 2605.30888).
 
-    bash run.sh                                           # laptop: a small world, the whole pipeline
-    python save.py --policy DIR --rm DIR --prompts FILE   # one process, your models and prompts
-    torchrun --nproc-per-node 4 save.py                   # the paper's main run
+    bash run.sh                                          # laptop: a small world, the whole pipeline
+    python save.py --policy DIR --rm DIR --prompts FILE  # one process, your models and prompts
+    torchrun --nproc-per-node 4 save.py                  # the paper's main run
 
-Algorithm 2, step t of T                       here                     its lines    equations
-    threshold mu(t)                            curriculum_threshold     2            14
-    G responses for each of P prompts          sample                   3-5
-    R(x,y) and V(x) from one forward           score_batch              7            13: a = R - V
-    keep |a| large enough, split by sign       label, partition         8-11         15-17
-    contrastive loss -> backbone, reward head  reward_model_step        13           18-20
-    score again, V towards the group mean      value_step               14           21
-    filter again with the improved RM          label, partition         15-16
-    GRPO | RLOO | GSPO on the survivors        policy_step              17
+Algorithm 2, step t of T                     here                  lines   equations
+    threshold mu(t)                          curriculum_threshold  2       14
+    G responses for each of P prompts        sample                3-5
+    R(x,y) and V(x) from one forward         score_batch           7       13: a = R - V
+    keep |a| large enough, split by sign     label, partition      8-11    15-17
+    contrastive loss: backbone, reward head  reward_model_step     13      18-20
+    score again, V towards the group mean    value_step            14      21
+    filter again with the improved RM        label, partition      15-16
+    GRPO | RLOO | GSPO on the survivors      policy_step           17
 
 pi_theta is `policy`, R `rewards` (P,G), V `values` (P,), Y+ and Y- `positive` and `negative` (P,G), B~ `valid` (P,):
 P prompts of a step on all ranks, G responses each (`group`), N = P*G rows, T tokens, H hidden size.
@@ -51,18 +51,18 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 # ---- 1. configuration
 @dataclass
 class Config:
-    """Every knob, as a flag of the same name. From steps to top_k the values are those of the paper's Table 8."""
+    """Every knob, a flag of the same name. From steps to top_k the defaults are the paper's Table 8."""
     stage: str = ""  # preference, value, save; none: value if the RM lacks a head, then save
-    algo: str = "grpo"  # a row of ALGORITHMS: how the policy learns
-    rm_update: str = "save"  # a row of RM_UPDATES: how the RM learns
+    algo: str = "grpo"  # a row of ALGORITHMS
+    rm_update: str = "save"  # a row of RM_UPDATES
     policy: str = "Qwen/Qwen3-4B-Instruct-2507"  # folder or hub name, causal LM
     rm: str = "Skywork/Skywork-Reward-V2-Llama-3.2-3B"  # the same, classifier, 1 label
-    prompts: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # .json(l)(.gz), .parquet, hub name
-    pairs: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # the same, with chosen, rejected
+    prompts: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # .json(l)(.gz), .parquet, hub
+    pairs: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # the same, of pairs
     heldout: list = field(default_factory=list)  # files of pairs to test the RM on
-    out: str = "out"  # folder for models, logs, checkpoints
+    out: str = "out"  # folder of the results
     steps: int = None  # T; none: 320, stage preference: one pass
-    batch: int = 32  # prompts or pairs of a step, on all ranks
+    batch: int = 32  # prompts or pairs a step, on all ranks
     group: int = 16  # G responses to a prompt
     m0: float = 0.5  # initial margin, Eq. 14; 0: all are kept
     kl_coef: float = 0.04  # beta, KL to the initial policy
@@ -73,20 +73,20 @@ class Config:
     value_lr: float = 2e-4  # stage value: value head
     value_batch: int = 32  # stage value: prompts of a step
     value_epochs: int = 1  # stage value: passes
-    value_prompts: int = 0  # stage value: prompts; 0: as many as SAVE will use
+    value_prompts: int = 0  # stage value: prompts; 0: as many as SAVE uses
     max_new_tokens: int = 1024  # longest response, in the data too (F.1)
     temperature: float = 0.7  # log-probs are taken at it too
     top_p: float = 0.8  # the smallest set that reaches it
     top_k: int = 20  # 0: off
-    num_minibatches: int = 1  # policy updates per rollout; 1: all ratios are 1
+    num_minibatches: int = 1  # policy updates a rollout; 1: all ratios are 1
     lr_schedule: str = "constant"  # constant, linear (to 0)
     max_prompt_tokens: int = 1024  # longest prompt, with its template
     dtype: str = "auto"  # of the working copy; auto: bfloat16 on a GPU
     device: str = "auto"  # auto: a GPU where there is one
     offload: bool = False  # masters, moments and their step on the host
-    micro_tokens: int = None  # padded tokens of a micro-batch; none: 8192 on a GPU, else 2048
+    micro_tokens: int = None  # of a micro-batch, padded; none: 8192 on a GPU, else 2048
     cache_tokens: int = 0  # decoded together; 0: what the GPU has room for
-    seed: int = 0  # randomness is a function of seed, purpose, step, row
+    seed: int = 0  # all randomness is a function of it
     save_every: int = 40  # steps between checkpoints, two are kept; 0: none
     eval_every: int = 0  # steps between tests on --heldout; 0: start and end
     resume: bool = False  # from the newest checkpoint under --out, if any
@@ -100,11 +100,10 @@ class Config:
         ranks, preference = WORLD * self.num_minibatches, self.stage == "preference"
         expect(self.batch % ranks == 0, f"--batch {self.batch}: expected a multiple of {ranks} (ranks x minibatches)")
         gpu = self.device == "auto" and torch.cuda.is_available()
-        used = {"device": f"cuda:{LOCAL_RANK}" if gpu else "cpu", "dtype": "bfloat16" if gpu else "float32",
-                "micro_tokens": 8192 if gpu else 2048, "steps": None if preference else 320,
-                "lr_rm": 1e-5 if preference else 1e-7}
-        unset = {name: x for name, x in used.items() if getattr(self, name) in (None, "auto")}
-        return replace(self, **unset)
+        used = [f"cuda:{LOCAL_RANK}", "bfloat16", 8192] if gpu else ["cpu", "float32", 2048]
+        used += [None, 1e-5] if preference else [320, 1e-7]
+        named = zip(("device", "dtype", "micro_tokens", "steps", "lr_rm"), used)
+        return replace(self, **{name: x for name, x in named if getattr(self, name) in (None, "auto")})
 
 def parse_config(argv=None, kind=Config):
     """Flags from the fields of a dataclass; the comment behind each is its help."""
@@ -113,7 +112,7 @@ def parse_config(argv=None, kind=Config):
     choices = {"stage": ["preference", "value", "save"], "algo": [*ALGORITHMS], "rm_update": [*RM_UPDATES],
                "lr_schedule": ["constant", "linear"], "dtype": ["auto", "float32", "bfloat16"],
                "device": ["auto", "cpu"]}
-    source = "".join(map(inspect.getsource, kind.__mro__[-2::-1]))  # a fork's Config too
+    source = "".join(map(inspect.getsource, kind.__mro__[-2::-1]))  # a fork's too
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))
     for flag in fields(kind):
         default = getattr(kind, flag.name, None)
@@ -125,7 +124,7 @@ def parse_config(argv=None, kind=Config):
 
 # ---- 2. the maths of the reward model: pure functions of tensors
 def at_least_fp32(*tensors):
-    """Losses are taken in fp32 or better. One tensor -> one, several -> a list."""
+    """Losses are in fp32 or better. One tensor -> one, several -> a list."""
     exact = [x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in tensors]
     return exact if len(exact) > 1 else exact[0]
 
@@ -154,8 +153,8 @@ def bradley_terry_loss(chosen, rejected):
 
 def contrastive_loss(rewards, values, positive, negative, usable=None):
     """Eq. 18-20, mean over valid prompts, 0 if there is none. rewards, masks (P,G); values (P,), no gradient.
-    L+ = log(e^V + sum_{Y+} e^R) - mean_{Y+} R        dL+/dR = e^R / (e^V + sum_{Y+} e^R) - 1/|Y+|
-    L- = log(e^V + sum_{Y-} e^R) - V                  dL-/dR = e^R / (e^V + sum_{Y-} e^R)"""
+    L+ = log(e^V + sum_{Y+} e^R) - mean_{Y+} R  dL+/dR = e^R / (e^V + sum_{Y+} e^R) - 1/|Y+|
+    L- = log(e^V + sum_{Y-} e^R) - V            dL-/dR = e^R / (e^V + sum_{Y-} e^R)"""
     rewards, anchor = at_least_fp32(rewards, values.detach())
     sides = (rewards.masked_fill(~side, -math.inf) for side in (positive, negative))
     up, down = (torch.cat([anchor[:, None], side], 1).logsumexp(1) for side in sides)
@@ -175,15 +174,15 @@ def value_loss(values, rewards, usable=None):
     return masked_mean((values - masked_mean(rewards, usable, 1)) ** 2, usable.any(1))
 
 class RMUpdate(NamedTuple):
-    """A row of RM_UPDATES: how the reward model learns from the rewards of a batch."""
+    """A row of RM_UPDATES: how the reward model learns."""
     loss: Callable | None  # loss(rewards, values, positive, negative, usable) -> scalar; none: frozen
-    anchor: str  # what V is: "value head" | "group mean" | "" (none, nothing is filtered)
+    anchor: str  # V: "value head" | "group mean" | "" (none, nothing is filtered)
 
 RM_UPDATES = {
     "save": RMUpdate(contrastive_loss, "value head"),
     "mean_reward": RMUpdate(contrastive_loss, "group mean"),  # a baseline of Table 1
     "centred": RMUpdate(centred_loss, "value head"),
-    "none": RMUpdate(None, ""),                               # plain RL
+    "none": RMUpdate(None, ""),  # plain RL
 }
 
 # ---- 3. the maths of the policy: pure functions of tensors
@@ -202,9 +201,9 @@ def rloo_advantages(rewards, keep):
     return torch.where(keep & (count > 1), rewards - others / (count - 1).clamp(min=1), 0).to(dtype)
 
 class Algorithm(NamedTuple):
-    """A row of ALGORITHMS: how the policy learns from the rewards of the survivors."""
+    """A row of ALGORITHMS: how the policy learns."""
     advantages: Callable  # advantages(rewards, keep) -> (P,G)
-    ratio: str  # log-ratio of a row: "token" by token | "mean" of its tokens | their "sum"
+    ratio: str  # log-ratio of a row: by "token" | "mean" of its tokens | their "sum"
     kl: str  # "loss": k3 of tokens in the loss | "reward": k1 of a response in its reward
     clip: tuple  # (low, high): the ratio stays within 1 - low and 1 + high
 
@@ -222,10 +221,10 @@ def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, al
     of_row = log_ratio.sum(1, keepdim=True)
     mean = of_row / mask.sum(1, keepdim=True).clamp(min=1)
     ratio = {"token": log_ratio, "mean": mean, "sum": of_row}[algo.ratio]
-    ratio = ratio.clamp(max=80).exp()  # not inf, which times a zero advantage would be nan
+    ratio = ratio.clamp(max=80).exp()  # inf times a zero advantage would be nan
     advantages = torch.where(mask, advantages[:, None] if advantages.dim() == 1 else advantages, 0)
     free, clipped = ratio * advantages, ratio.clamp(1 - algo.clip[0], 1 + algo.clip[1]) * advantages
-    # a masked 0 - 0 = 0 keeps whatever the padding holds out of exp
+    # a masked 0 keeps what the padding holds out of exp
     gap = torch.where(mask, at_least_fp32(ref_log_probs.detach()) - log_probs, 0)
     k3 = gap.exp() - gap - 1
     per_token = {"loss": kl_coef * k3, "reward": 0}[algo.kl] - torch.minimum(free, clipped)
@@ -243,7 +242,7 @@ class Run:
     log: "Log" = None
     optimizers: dict = field(default_factory=dict)  # of rm, value, policy
     step: int = 1
-    lr_scale: float = 1.0  # of all learning rates, --lr_schedule
+    lr_scale: float = 1.0  # of all rates, --lr_schedule
     inputs: dict = field(default_factory=dict)  # digest of what was read
 
 @dataclass
@@ -379,7 +378,7 @@ def policy_step(run, batch, keep):
     trained = keep & (keep.sum(1, keepdim=True) >= 2)  # one alone has no rival
     if not trained.any():
         return
-    parts = mine(trained).flatten().chunk(cfg.num_minibatches)  # this rank's share of those of all
+    parts = mine(trained).flatten().chunk(cfg.num_minibatches)  # this rank's share
     rows = [(part.nonzero()[:, 0] + i * len(part)).tolist() for i, part in enumerate(parts)]
     batches = [micro_batches(part, batch.sequences, cfg.micro_tokens) for part in rows]
     every, old, reference = sum(batches, []), None, None
@@ -421,7 +420,7 @@ def train(run, rows, heldout, saved):
         optimizers["value"], rm.has_value_head = ShardedAdamW(rm.value_head, cfg.lr_value, cfg), True
     if saving:
         each_step(run, "save", rows, heldout, saved)
-    if cfg.stage == "value":  # all but the head as it was before --dtype rounded it
+    if cfg.stage == "value":  # all but the head as before --dtype rounded it
         rm.model = RewardModel.from_pretrained(cfg.rm).model if RANK == 0 else rm.model
     if "rm" in optimizers:
         rm.model.float()
@@ -468,7 +467,8 @@ def value_stage(run, prompts):
     means, some = masked_mean(rewards, ended, 1), ended.any(1)
     variance = masked_mean((means - masked_mean(means, some)) ** 2, some)
     error = value_loss(run.rm.value(features), rewards, ended)
-    run.log.put(value_loss=error, value_target_variance=variance, value_r2=1 - error / variance.clamp(min=1e-9))
+    run.log.put(value_loss=error, value_target_variance=variance)
+    run.log.put(**{"value_r2": 1 - error / variance} if variance > 0 else {})
     run.log.write(0, "value")
 
 def each_step(run, stage, rows, heldout, saved):
@@ -498,7 +498,7 @@ def each_step(run, stage, rows, heldout, saved):
             sys.exit(0)
 
 def heldout_accuracy(run, heldout):
-    """% of pairs with R(chosen) > R(rejected), for each --heldout file; a tie is wrong."""
+    """% of pairs with R(chosen) > R(rejected) in each --heldout file; a tie is wrong."""
     for name, pairs in heldout.items():
         rewards, _ = score(run.rm, [side for pair in mine(pairs) for side in pair], run.cfg.micro_tokens)
         accuracy = 100 * total((rewards[0::2] > rewards[1::2]).sum())[0] / len(pairs)
@@ -521,17 +521,17 @@ def load(kind, path, device):
     return model, tokenizer
 
 class RewardModel(nn.Module):
-    """f_omega `model.base_model`, h_phi `model.score`, v_psi `value_head`; fp32 heads: bf16 makes ties."""
+    """f_omega `model.base_model`, h_phi `model.score`, v_psi `value_head`. Heads in fp32: bf16 makes ties."""
     def __init__(self, model, tokenizer, value_head=None):
         super().__init__()
         self.model, self.tokenizer, self.has_value_head = model, tokenizer, bool(value_head)
         self.model.score.float()
         [(chat, start)] = encode_responses(tokenizer, [{"role": "user", "content": "a"}], ["b"])
         expect(len(chat) > start, "its chat template leaves out the response")
-        # stock pooling reads the last token that is not the pad id: no text, and not the end of a chat
-        usual = tokenizer.pad_token_id, model.config.pad_token_id, *sorted(tokenizer.all_special_ids)
-        spare = [i for i in usual if i in tokenizer.all_special_ids and i not in chat]
-        model.config.pad_token_id = tokenizer.pad_token_id = expect(spare, "its tokenizer needs a pad_token")[0]
+        # stock pooling reads the last token but for pad ids: neither text nor the end of a chat
+        special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i not in chat]
+        usual = [i for i in (tokenizer.pad_token_id, model.config.pad_token_id) if i in special]
+        model.config.pad_token_id = tokenizer.pad_token_id = expect(usual + special, "it needs a pad_token")[0]
         self.value_head = nn.Linear(model.score.in_features, 1)
         zeros = {name: p * 0 for name, p in self.value_head.state_dict().items()}
         self.value_head.load_state_dict(value_head or zeros)
@@ -542,7 +542,7 @@ class RewardModel(nn.Module):
         """A folder or hub name: a causal classifier with 1 label, perhaps a value head."""
         with blamed(f"--rm {path}: expected a reward model"):
             model, tokenizer = load(AutoModelForSequenceClassification, path, device)
-            one = isinstance(getattr(model, "score", None), nn.Linear) and model.score.out_features == 1
+            one = getattr(getattr(model, "score", None), "out_features", 0) == 1
             expect(one, "it has no linear `score` head with 1 label")
             head = Path(path, "value_head.safetensors")
             return cls(model, tokenizer, safetensors.torch.load_file(head) if head.is_file() else None).to(device)
@@ -563,7 +563,7 @@ class RewardModel(nn.Module):
         return self.model.score(last).squeeze(-1), self.value(prompt)
 
     def save_pretrained(self, path):
-        """A stock folder of AutoModelForSequenceClassification in fp32 and value_head.safetensors."""
+        """A stock sequence-classification folder in fp32 and value_head.safetensors."""
         with replaced_folder(path, self.model.float(), self.tokenizer) as folder:
             if self.has_value_head and RANK == 0:
                 safetensors.torch.save_model(self.value_head, folder / "value_head.safetensors")
@@ -578,7 +578,7 @@ class Policy(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_pretrained(cls, path, device="cpu"):
-        """A folder or hub name: a causal LM. Scaled or capped logits would spoil every ratio."""
+        """A folder or hub name: a causal LM. Scaled logits would spoil every ratio."""
         with blamed(f"--policy {path}: expected a causal language model"):
             policy = cls(*load(AutoModelForCausalLM, path, device))
             expect([*map(int, policy.eos_ids)], "it has no EOS token")
@@ -604,13 +604,12 @@ def to_working_copy(module, cfg):
     for p in (module.model.base_model if isinstance(module, RewardModel) else module.model).parameters():
         p.data = p.data.to(cfg.device, getattr(torch, cfg.dtype))
     if cfg.device != "cpu":  # recompute activations in the backward pass
-        model = module.model  # the older name is that of transformers before 5.23
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+        module.model.gradient_checkpointing_enable({"use_reentrant": False})
     return module.to(cfg.device)
 
 # ---- 7. rollout
 def sample_tokens(logits, uniforms, temperature, top_p, top_k):
-    """Temperature (0: greedy), then top-k, then top-p. logits (n,V), uniforms (n,) -> tokens (n,)."""
+    """Temperature (0: greedy), top-k, then top-p. logits (n,V), uniforms (n,) -> tokens (n,)."""
     if temperature == 0:
         return logits.argmax(-1)
     ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
@@ -652,7 +651,7 @@ def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
     stop_ids = torch.tensor(policy.eos_ids, device=device)
     tokens = torch.full((len(seeds), max_new_tokens), -1, device=device)
     ended = torch.zeros(len(seeds), dtype=torch.bool, device=device)
-    rows = torch.arange(len(seeds), device=device)  # those still in the batch
+    rows = torch.arange(len(seeds), device=device)  # still in the batch
     for t in range(max_new_tokens):
         logits = policy.model(input_ids=ids, attention_mask=mask[:, :width + t].long(), position_ids=position,
                               past_key_values=cache, logits_to_keep=1).logits[:, -1]
@@ -665,7 +664,7 @@ def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
         running = (~ended[rows]).nonzero()[:, 0]
         if len(running) == 0:
             break
-        if len(running) <= len(rows) * 7 // 8:  # it copies the cache, so not for every row
+        if len(running) <= len(rows) * 7 // 8:  # it copies the cache
             cache.batch_select_indices(running)
             rows, token, mask, position = (x[running] for x in (rows, token, mask, position))
         ids, position = token[:, None], position + 1
@@ -685,8 +684,7 @@ class ShardedAdamW:
             load[self.owner[name]] += p.numel()
         own = [(name, p.detach()) for name, p in self.named if self.owner[name] == RANK]
         self.masters = {name: p.to(self.device, torch.float32, copy=True) for name, p in own}
-        initial = self.masters.items() if keep_initial else ()
-        self.initial = {name: p.to(getattr(torch, cfg.dtype), copy=True) for name, p in initial}
+        self.initial = {name: p.to(self.device, getattr(torch, cfg.dtype), copy=True) for name, p in own * keep_initial}
         self.adamw = torch.optim.AdamW(self.masters.values() or [torch.zeros(1)], lr, weight_decay=0.0, fused=True)
 
     def publish(self, source):
@@ -701,7 +699,7 @@ class ShardedAdamW:
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for _, p in self.named if p.grad is not None]
         norm = torch.stack(norms).norm().item()
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm}, nothing was updated")
+            raise FloatingPointError(f"the gradient norm is {norm}")
         scale = min(1.0, self.max_norm / (norm + 1e-6))  # as torch clips
         for name, p in self.named:
             if name in self.masters and p.grad is not None:
@@ -723,7 +721,7 @@ class ShardedAdamW:
 # ---- 9. ranks: the only place that knows torch.distributed
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-NO_BAR = None if RANK == 0 else True  # of tqdm: bars are for rank 0, on a terminal
+NO_BAR = None if RANK == 0 else True  # of tqdm: bars on rank 0's terminal
 
 def start_ranks(device):
     """Join the ranks that torchrun started."""
@@ -745,7 +743,7 @@ def together(work):
     return result
 
 def mine(items):
-    """This rank's share of what is a list or tensor over prompts."""
+    """This rank's share of a list or tensor over prompts."""
     return items[RANK::WORLD]
 
 def gather(share):
@@ -757,7 +755,7 @@ def gather(share):
     return torch.stack(shares, 1).flatten(0, 1).to(share.dtype)
 
 def broadcast(tensor, source):
-    """Overwrite `tensor` on every rank with that of rank `source`."""
+    """Overwrite `tensor` on all ranks by that of rank `source`."""
     if WORLD > 1:
         dist.broadcast(tensor, source)
 
@@ -775,7 +773,7 @@ def train_on(run, name, batches, micro_loss):
     model, sums, weight = getattr(run, name), [], bool(batches)
     with run.log.time(f"{name}_update"):
         wrapped = model.train()  # or activations are kept
-        if WORLD > 1:  # gradients that are there become views of DDP's buckets
+        if WORLD > 1:  # gradients that exist become views of DDP's buckets
             for p in filter(lambda p: p.requires_grad, model.parameters()):
                 p.grad = torch.zeros_like(p)
             cap = {"bucket_cap_mb_list": [25]} if torch.__version__ >= "2.13" else {}  # or the first is the whole model
@@ -809,7 +807,7 @@ def encode_responses(tokenizer, messages, responses):
     answered = [messages + [{"role": "assistant", "content": text}] for text in responses]
     prompt, *rows = encode_chats(tokenizer, [messages, *answered])
     same = all(row[:len(prompt)] == prompt for row in rows)
-    expect(same, "expected a chat template that renders the prompt as a token prefix")
+    expect(same, "expected a chat template that renders the prompt as a prefix")
     return [(row, len(prompt)) for row in rows]
 
 def read_rows(source, flag):
@@ -913,7 +911,7 @@ def replaced_folder(path, *parts):
     if RANK == 0:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        for part in parts:  # a model, a tokenizer
+        for part in parts:
             part.save_pretrained(new)
     total(0)  # wait for every rank
     yield new
@@ -968,8 +966,8 @@ class Log:
             for i, name in enumerate(Log.files):  # the steps after the checkpoint come again
                 with open(Path(cfg.out, name), "a") as file:
                     file.truncate(min(file.tell(), saved[0]["logs"][i] if saved else 0))
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        self.append("metrics.jsonl", {"config": asdict(cfg), "world": WORLD, **versions})
+        self.append("metrics.jsonl", {"config": asdict(cfg), "world": WORLD, "torch": torch.__version__,
+                                      "transformers": transformers.__version__})
 
     def append(self, name, *records):
         """Add JSON lines to a file, on rank 0."""
@@ -1031,7 +1029,7 @@ def expect(fine, message):
 
 @contextmanager
 def blamed(what, refuse=True):
-    """Whatever goes wrong inside is a UsageError that begins with `what`."""
+    """What goes wrong inside is a UsageError that begins with `what`."""
     try:
         yield
     except Exception as error:
@@ -1056,7 +1054,7 @@ def prepare(cfg):
         to_working_copy(module, cfg)
     heldout = {Path(file).name.split(".")[0]: used_rows(file, "heldout", lambda row: pair_of(row, rm))
                for file in cfg.heldout}
-    expect(len(heldout) == len(cfg.heldout), "--heldout: expected files of different names")
+    expect(len(heldout) == len(cfg.heldout), "--heldout: expected different names")
     if preference:
         limit = cfg.max_prompt_tokens + cfg.max_new_tokens
         rows = used_rows(cfg.pairs, "pairs", lambda row: pair_of(row, rm, limit))
@@ -1086,7 +1084,7 @@ def main(argv=None, kind=Config):
         if RANK == 0 or prepared:  # before that all refuse the same
             print("save.py: error:", line, file=sys.stderr, flush=True)
         code = {UsageError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
-        os._exit(code) if WORLD > 1 else sys.exit(code)  # in order it would wait for the others
+        os._exit(code) if WORLD > 1 else sys.exit(code)  # in order it might wait for others
 
 if __name__ == "__main__":
     main()

@@ -23,18 +23,17 @@ class Config(save.Config):
     rm_update: str = "balanced"  # the loss that learns from the labels
     label_rms: list = dataclasses.field(default_factory=list)  # RMs with a value head; --rm is one more
 
-class Run(save.Run):
-    """With the frozen reward models, which are loaded before anything is written."""
+def prepare(cfg, plain=save.prepare):
+    """As in save.py, with the frozen reward models, which are loaded before anything is written."""
+    def frozen(path):
+        rm = save.RewardModel.from_pretrained(path, cfg.device)
+        save.expect(rm.has_value_head, f"--label_rms {path}: it holds no value_head.safetensors; run save.py "
+                    f"--stage value --rm {path} first (--rm is one of the ensemble)")
+        return save.to_working_copy(rm, cfg)
 
-    def __init__(self, cfg, *others, **more):
-        super().__init__(cfg, *others, **more)
-
-        def frozen(path):
-            rm = save.RewardModel.from_pretrained(path, cfg.device)
-            save.expect(rm.has_value_head, f"--label_rms {path}: it holds no value_head.safetensors; run save.py "
-                        f"--stage value --rm {path} first (--rm is one of the ensemble)")
-            return save.to_working_copy(rm, cfg)
-        self.labels = [frozen(path) for path in (cfg.rm, *cfg.label_rms)]
+    run, *inputs = plain(cfg)
+    run.labels = [frozen(path) for path in (cfg.rm, *cfg.label_rms)]
+    return run, *inputs
 
 @torch.no_grad()
 def label(run, batch):
@@ -50,7 +49,7 @@ def label(run, batch):
 
 def main(argv=None):
     """save.main with these two names of its module replaced until it returns."""
-    with mock.patch.multiple(save, Run=Run, label=label):
+    with mock.patch.multiple(save, prepare=prepare, label=label):
         save.main(argv, Config)
 
 if __name__ == "__main__":

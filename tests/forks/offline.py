@@ -19,20 +19,20 @@ def prompt_of(row):
     """What identifies a row's prompt; none where it has none."""
     with save.blamed("", refuse=False):
         row = row if isinstance(row, dict) else {"prompt": row}
-        return repr(save.as_messages(row.get("prompt") or row.get("messages") or row["chosen"][:-1], "prompt"))
+        return repr(save.as_messages(row.get("prompt") or row["chosen"][:-1], "prompt"))
 
 def main(argv=None):
     """save.main with the new row as the default, and two of its functions replaced until it returns."""
-    pairs, prepare, read_rows = [], save.prepare, save.read_rows
+    pairs, prepare = [], save.prepare
 
     def with_pairs(cfg):
         """Also read the pairs that match the prompts, before anything is written."""
         run, prompts, *others = prepare(cfg)
-        words, limit = run.rm.tokenizer, cfg.max_prompt_tokens + cfg.max_new_tokens
-        dropped = {prompt_of(row) for _, row in read_rows(cfg.prompts, "prompts")}
+        limit = cfg.max_prompt_tokens + cfg.max_new_tokens
+        dropped = {prompt_of(row) for _, row in save.read_rows(cfg.prompts, "prompts")}
         dropped -= {repr(messages) for messages, _ in prompts}
         pairs[:] = save.used_rows(cfg.pairs, "pairs", lambda row: (
-            [] if prompt_of(row) in dropped else save.pair_of(row, words, limit)))
+            [] if prompt_of(row) in dropped else save.pair_of(row, run.rm, limit)))
         return run, prompts, *others
 
     def reward_model_step(run, *_):
