@@ -61,6 +61,7 @@ class Config:
     pairs: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # the same, of pairs
     heldout: list = field(default_factory=list)  # files of pairs to test the RM on
     out: str = "out"  # folder of the results
+    # the method
     steps: int = None  # T; none: 320, stage preference: one pass
     batch: int = 32  # prompts or pairs a step, on all ranks
     group: int = 16  # G responses to a prompt
@@ -69,18 +70,21 @@ class Config:
     lr_rm: float = None  # the RM; none: 1e-7, stage preference: 1e-5
     lr_value: float = 1e-5  # value head
     lr_policy: float = 2e-6  # policy; 0: it stays as it is
-    value_k: int = 16  # stage value: K responses to a prompt
-    value_lr: float = 2e-4  # stage value: value head
-    value_batch: int = 32  # stage value: prompts of a step
-    value_epochs: int = 1  # stage value: passes
-    value_prompts: int = 0  # stage value: prompts; 0: as many as SAVE uses
+    value_k: int = 16  # K responses to a prompt in stage value
+    value_lr: float = 2e-4  # the value head's rate there
+    value_batch: int = 32  # prompts of a step there
+    value_epochs: int = 1  # passes there
+    value_prompts: int = 0  # prompts there; 0: as many as SAVE uses
+    # sampling
     max_new_tokens: int = 1024  # longest response, in the data too (F.1)
     temperature: float = 0.7  # log-probs are taken at it too
     top_p: float = 0.8  # the smallest set that reaches it
     top_k: int = 20  # 0: off
+    # where the paper is silent
     num_minibatches: int = 1  # policy updates a rollout; 1: all ratios are 1
     lr_schedule: str = "constant"  # constant, linear (to 0)
     max_prompt_tokens: int = 1024  # longest prompt, with its template
+    # machine
     dtype: str = "auto"  # of the working copy; auto: bfloat16 on a GPU
     device: str = "auto"  # auto: a GPU where there is one
     offload: bool = False  # masters, moments and their step on the host
@@ -334,8 +338,8 @@ def filtered(run, batch, usable=None):
 
 def reward_model_step(run, batch, positive, negative):
     """Step 2, Eq. 18-20, on backbone and reward head. True if there was anything to learn from. A loss needs all
-    rewards of a group, memory holds a few rows: take dL/dR on the rewards of the scoring, then back-propagate
-    sum(R * dL/dR) in any micro-batches. Exact, and rows whose dL/dR is 0 cost nothing."""
+    rewards of a group, memory holds a few rows: take dL/dR on the scored rewards, then back-propagate
+    sum(R * dL/dR) in micro-batches. Exact, and rows with dL/dR = 0 cost nothing."""
     rewards = batch.rewards.clone().requires_grad_()
     loss = RM_UPDATES[run.cfg.rm_update].loss(rewards, anchor(run, batch), positive, negative, batch.ended)
     weights = torch.autograd.grad(loss, rewards)[0]
@@ -383,7 +387,7 @@ def policy_step(run, batch, keep):
     batches = [micro_batches(part, batch.sequences, cfg.micro_tokens) for part in rows]
     every, old, reference = sum(batches, []), None, None
     with run.log.time("log_probs"):
-        if cfg.num_minibatches > 1 or algorithm.kl == "reward":
+        if cfg.num_minibatches > 1 or algorithm.kl == "reward" and cfg.kl_coef:
             old = response_log_probs(run, batch, every)
         if cfg.kl_coef:
             optimizer.publish(optimizer.initial)  # the reference model
@@ -397,7 +401,7 @@ def policy_step(run, batch, keep):
         own = advantages[rows] if advantages.dim() == 1 else advantages[rows, :width]
         before, initial = (log_probs if x is None else x[rows, :width] for x in (old, reference))
         loss, stats = policy_loss(log_probs, before, initial, own, mask, algo=algorithm, kl_coef=cfg.kl_coef)
-        return loss * share, (loss * share, stats["kl"] * share, stats["clipped"] * share)
+        return loss * share, [x * share for x in (loss, stats["kl"], stats["clipped"])]
     sums = []
     for part, micro in zip(trained.chunk(cfg.num_minibatches), batches):
         count = part.sum().item()  # rows of this minibatch on all ranks
@@ -475,14 +479,18 @@ def each_step(run, stage, rows, heldout, saved):
     """The steps of a stage: resume, train, evaluate, log, save."""
     cfg, asked, done = run.cfg, [], saved[0]["step"] if saved else 0
     for name, optimizer in run.optimizers.items() if saved else ():
-        for state in saved:  # of however many ranks there were
-            optimizer.load_state_dict(state["optimizers"][name])
+        parts = {key: state for rank in saved for key, state in rank["optimizers"][name].items()}
+        for key, p in optimizer.masters.items():
+            p.data.copy_(parts[key].pop("master"))
+            optimizer.adamw.state[p] = {kind: x.to(p.device, copy=True) for kind, x in parts[key].items()}
         optimizer.publish(optimizer.masters)
+    parts = saved.clear()  # it must not stay mapped
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.append(True))
     if not done:
         heldout_accuracy(run, heldout)
         run.log.write(0, stage)
+    say(f"{stage}: from step {done + 1} on")
     for run.step in tqdm(range(done + 1, cfg.steps + 1), stage, disable=NO_BAR):
         run.lr_scale = 1 - (cfg.lr_schedule == "linear") * (run.step - 1) / cfg.steps
         with run.log.time("step"):
@@ -517,7 +525,7 @@ def load(kind, path, device):
     for module in map(vars, model.modules()):  # two passes over a row must give the same
         rates = [name for name, x in module.items() if isinstance(x, float) and re.search("drop|jitter|^p$", name)]
         module.update(dict.fromkeys(rates, 0.0))
-    model.positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    model.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     return model, tokenizer
 
 class RewardModel(nn.Module):
@@ -529,9 +537,11 @@ class RewardModel(nn.Module):
         [(chat, start)] = encode_responses(tokenizer, [{"role": "user", "content": "a"}], ["b"])
         expect(len(chat) > start, "its chat template leaves out the response")
         # stock pooling reads the last token but for pad ids: neither text nor the end of a chat
-        special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i not in chat]
-        usual = [i for i in (tokenizer.pad_token_id, model.config.pad_token_id) if i in special]
-        model.config.pad_token_id = tokenizer.pad_token_id = expect(usual + special, "it needs a pad_token")[0]
+        config, rows = model.config.get_text_config(), model.get_input_embeddings().num_embeddings
+        special = [i for i, x in tokenizer.added_tokens_decoder.items() if x.special and chat[-1] != i < rows]
+        usual = [i for i in (tokenizer.pad_token_id, config.pad_token_id) if i in special]
+        pads = expect(usual + sorted(special, key=chat.count), "its tokenizer needs a pad_token")
+        config.pad_token_id = tokenizer.pad_token_id = pads[0]
         self.value_head = nn.Linear(model.score.in_features, 1)
         zeros = {name: p * 0 for name, p in self.value_head.state_dict().items()}
         self.value_head.load_state_dict(value_head or zeros)
@@ -582,9 +592,15 @@ class Policy(nn.Module):
         with blamed(f"--policy {path}: expected a causal language model"):
             policy = cls(*load(AutoModelForCausalLM, path, device))
             expect([*map(int, policy.eos_ids)], "it has no EOS token")
-            ids, sizes = torch.arange(8, device=device)[None], torch.tensor([[8], [1]], device=device)
-            own = policy.model(input_ids=ids).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])
-            expect(torch.allclose(policy(ids, *sizes, 1.0)[0].T, own, atol=0.02), "its logits are scaled or not finite")
+            prompts = [[*range(8)], [*range(3, 8)]]
+            answers, _ = rollout(policy, prompts, 2, range(4), max_new_tokens=3, temperature=0, top_p=1, top_k=0)
+            for ids, answer in zip(prompts, answers[::2]):
+                inputs = model_inputs([(ids + answer, len(ids))], device)
+                logits = policy.model(input_ids=inputs[0]).logits[0, len(ids) - 1:-1]
+                logs, tolerance = logits.float().log_softmax(1), 0.01 if logits.dtype == torch.float32 else 0.5
+                picked = logs[range(len(answer)), answer]
+                expect(torch.allclose(policy(*inputs, 1.0)[0][0], picked, atol=0.02), "its logits are scaled, or NaN")
+                expect((logs.max(1).values - picked).max() < tolerance, "its cache is not supported")
             return policy
 
     def forward(self, input_ids, lengths, prompt_lengths, temperature, chunk=512):
@@ -599,10 +615,23 @@ class Policy(nn.Module):
                                 *part, use_reentrant=False) for part in parts]
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(log_probs)), mask
 
+def dithered(target, source, name):
+    """Copy; in bf16 every change shows, and what lies on its grid stays: add 16 random bits, fixed by the name, and cut
+    16. To nearest, changes below half a step do not show: at lr 1e-7 all."""
+    numbers = torch.Generator(target.device).manual_seed(seed_for(name))
+    for to, x in zip(target.view(-1).split(2 ** 24), source.view(-1).split(2 ** 24)):  # 64 MB of bits
+        x = x.to(target.device, torch.float32)
+        if target.dtype == torch.bfloat16:
+            bits = torch.randint(2 ** 16, x.shape, generator=numbers, dtype=torch.int32, device=x.device)
+            x = (x.view(torch.int32) + bits & -2 ** 16).view(torch.float32)
+        to.copy_(x)
+    return target
+
 def to_working_copy(module, cfg):
-    """To --dtype, but for reward heads and buffers; masters are taken before."""
-    for p in (module.model.base_model if isinstance(module, RewardModel) else module.model).parameters():
-        p.data = p.data.to(cfg.device, getattr(torch, cfg.dtype))
+    """To --dtype, but for the reward head and buffers; masters are taken before."""
+    for name, p in module.model.named_parameters():
+        dtype = torch.float32 if name == "score.weight" else getattr(torch, cfg.dtype)
+        p.data = dithered(torch.empty_like(p, dtype=dtype, device=cfg.device), p.data, name)
     if cfg.device != "cpu":  # recompute activations in the backward pass
         module.model.gradient_checkpointing_enable({"use_reentrant": False})
     return module.to(cfg.device)
@@ -656,7 +685,7 @@ def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
         logits = policy.model(input_ids=ids, attention_mask=mask[:, :width + t].long(), position_ids=position,
                               past_key_values=cache, logits_to_keep=1).logits[:, -1]
         if t == 0:
-            cache.batch_repeat_interleave(group)
+            cache.reorder_cache(torch.arange(len(ids), device=device).repeat_interleave(group))
             logits, mask, position = (x.repeat_interleave(group, 0) for x in (logits, mask, position[:, -1:]))
         token = sample_tokens(logits, uniforms[rows, t], *sampling)
         tokens[rows, t] = torch.where(ended[rows], -1, token)
@@ -665,14 +694,14 @@ def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
         if len(running) == 0:
             break
         if len(running) <= len(rows) * 7 // 8:  # it copies the cache
-            cache.batch_select_indices(running)
+            cache.reorder_cache(running)
             rows, token, mask, position = (x[running] for x in (rows, token, mask, position))
         ids, position = token[:, None], position + 1
     return tokens, ended
 
 # ---- 8. optimizer and offload
 class ShardedAdamW:
-    """AdamW on fp32 masters (bf16 would not move at lr 1e-7), whole parameters dealt to ranks: ZeRO-1."""
+    """AdamW on fp32 masters (bf16 would not move at lr 1e-7), dealt to ranks whole (ZeRO-1)."""
     max_norm = 1.0  # gradients are clipped to it
 
     def __init__(self, model, lr, cfg, keep_initial=False):
@@ -684,14 +713,15 @@ class ShardedAdamW:
             load[self.owner[name]] += p.numel()
         own = [(name, p.detach()) for name, p in self.named if self.owner[name] == RANK]
         self.masters = {name: p.to(self.device, torch.float32, copy=True) for name, p in own}
-        self.initial = {name: p.to(self.device, getattr(torch, cfg.dtype), copy=True) for name, p in own * keep_initial}
+        first, dtype = own * keep_initial, getattr(torch, cfg.dtype)
+        self.initial = {name: dithered(torch.empty_like(p, dtype=dtype), p, name).to(self.device) for name, p in first}
         self.adamw = torch.optim.AdamW(self.masters.values() or [torch.zeros(1)], lr, weight_decay=0.0, fused=True)
 
     def publish(self, source):
         """Write each rank's `source` (masters or initial) into all working copies."""
         for name, p in self.named:
             if name in source:
-                p.data.copy_(source[name])
+                dithered(p.data, source[name], name)
             broadcast(p.data, self.owner[name])
 
     def step(self, lr_scale=1.0):
@@ -710,13 +740,6 @@ class ShardedAdamW:
         self.adamw.zero_grad()
         self.publish(self.masters)
         return norm
-
-    def load_state_dict(self, state):
-        """This rank's part of any rank's {name: {"master", "step", "exp_avg", "exp_avg_sq"}}."""
-        for name in state.keys() & self.masters.keys():
-            master, moments = self.masters[name], dict(state[name])
-            master.data.copy_(moments.pop("master"))
-            self.adamw.state[master] = {key: x.to(self.device, copy=True) for key, x in moments.items()}
 
 # ---- 9. ranks: the only place that knows torch.distributed
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -768,8 +791,8 @@ def total(*numbers):
     return sums.tolist()
 
 def train_on(run, name, batches, micro_loss):
-    """A step of model `name` on micro_loss(model, rows) -> (loss, numbers), summed over all ranks' micro-batches
-    -> sums of the numbers. A rank without any takes part with row 0 at weight 0."""
+    """A step of model `name` on micro_loss(model, rows) -> (loss, numbers), summed over all micro-batches of all
+    ranks -> sums of the numbers. A rank without any takes part with row 0 at weight 0."""
     model, sums, weight = getattr(run, name), [], bool(batches)
     with run.log.time(f"{name}_update"):
         wrapped = model.train()  # or activations are kept
@@ -777,7 +800,8 @@ def train_on(run, name, batches, micro_loss):
             for p in filter(lambda p: p.requires_grad, model.parameters()):
                 p.grad = torch.zeros_like(p)
             cap = {"bucket_cap_mb_list": [25]} if torch.__version__ >= "2.13" else {}  # or the first is the whole model
-            wrapped = nn.parallel.DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True, **cap)
+            knobs = {"init_sync": False, "gradient_as_bucket_view": True, "find_unused_parameters": True, **cap}
+            wrapped = nn.parallel.DistributedDataParallel(model, **knobs)
         for rows in batches or [[0]]:
             wrapped.require_backward_grad_sync = not batches or rows is batches[-1]  # they are exchanged once
             loss, numbers = micro_loss(wrapped, rows)
@@ -796,8 +820,9 @@ def encode_chats(tokenizer, chats, generation_prompt=False):
     pattern = re.compile("|".join(special) or "(?!)")  # in messages a space makes them text
     chats = [[{key: pattern.sub(lambda m: m[0][0] + " " + m[0][1:], text) for key, text in message.items()}
               for message in chat] for chat in chats]
-    knobs = {"date_string": "26 Jul 2024", "add_generation_prompt": generation_prompt, "tokenize": False}
-    texts = [text.encode("utf-8", "replace").decode() for text in tokenizer.apply_chat_template(chats, **knobs)]
+    dates = {"date_string": "26 Jul 2024", "strftime_now": datetime.datetime(2024, 7, 26).strftime}  # not today's
+    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=generation_prompt, **dates)
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]
     rows, bos = tokenizer(texts, add_special_tokens=False)["input_ids"], [tokenizer.bos_token_id]
     wants_bos = tokenizer("")["input_ids"][:1] == bos
     return [bos + ids if wants_bos and ids[:1] != bos else ids for ids in rows]
@@ -838,10 +863,12 @@ def used_rows(source, flag, use):
     say(f"{len(used)} of {number} rows of {source} are used")
     return expect(used, f"--{flag} {source}: expected rows that can be used")
 
-def as_messages(value, where):
+def as_messages(value, where, role="user"):
     """A chat from a string or from a list of {"role", "content"}."""
     with blamed(f'{where}: expected text or a list of {{"role", "content"}} messages, got {repr(value)[:80]}'):
-        chat = [{"role": "user", "content": value}] if isinstance(value, str) and value.strip() else value
+        chat = [{"role": role, "content": value}] if isinstance(value, str) and value.strip() else value
+        others = {key for message in chat for key in message if message[key]} - {"role", "content"}
+        expect(not others, f"{others} would be lost")
         chat = [{"role": message["role"], "content": message["content"]} for message in chat]
         expect(chat and {type(text) for message in chat for text in message.values()} == {str}, "not text")
         return chat
@@ -861,17 +888,23 @@ def prompt_of(row, cfg, policy, rm):
     lengths = [len(policy.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in known]
     return [(messages, ids)] if max(lengths, default=0) <= cfg.max_new_tokens else []
 
-def pair_of(row, rm, limit=sys.maxsize):
-    """[(chosen, rejected)] of a row of prompt, chosen, rejected; each (ids, prompt_length)."""
+def as_pair(row):
+    """A row of prompt, chosen, rejected -> prompt messages, [chosen, rejected] texts."""
     there = isinstance(row, dict) and {"chosen", "rejected"} <= {*row}
     expect(there, f"expected columns prompt, chosen, rejected, got {', '.join(row)}")
-    chats = {side: as_messages(row[side], side) for side in ("chosen", "rejected")}
-    whole = [chat for side, chat in chats.items() if isinstance(row[side], list)]
-    fine = all(chat[-1]["role"] == "assistant" and chat[:-1] == whole[0][:-1] for chat in whole)
-    expect(fine, "expected chosen and rejected to answer the same chat")
-    prompt = as_messages(row.get("prompt") or whole and whole[0][:-1], "prompt")
-    pair = encode_responses(rm.tokenizer, prompt, [chat[-1]["content"] for chat in chats.values()])
-    longest, limit = max(len(ids) for ids, _ in pair), min(limit, rm.model.positions)
+    chats = [as_messages(row[side], side, "assistant") for side in ("chosen", "rejected")]
+    prompt = as_messages(row["prompt"], "prompt") if row.get("prompt") else []
+    head, other = (chat[:-1] or prompt for chat in chats)
+    same = head == other and all(chat[-1]["role"] == "assistant" for chat in chats)
+    expect(same, "expected chosen and rejected to answer the same chat")
+    whole = head and head[0]["role"] != "assistant" and all(message in head for message in prompt)
+    expect(whole, "expected a prompt and one turn, or whole chats with the prompt in them")
+    return head, [chat[-1]["content"] for chat in chats]
+
+def pair_of(row, rm, limit=sys.maxsize):
+    """[(chosen, rejected)] of a row, each (ids, prompt_length) of at most `limit` tokens."""
+    pair, limit = encode_responses(rm.tokenizer, *as_pair(row)), min(limit, rm.model.positions)
+    longest = max(len(ids) for ids, _ in pair)
     expect(longest <= limit, f"{longest} tokens, expected at most {limit}")
     return [pair]
 
