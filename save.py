@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or DDP warns at each step
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -799,11 +800,11 @@ def train_on(run, name, batches, micro_loss):
         if WORLD > 1:  # gradients that exist become views of DDP's buckets
             for p in filter(lambda p: p.requires_grad, model.parameters()):
                 p.grad = torch.zeros_like(p)
-            cap = {"bucket_cap_mb_list": [25]} if torch.__version__ >= "2.13" else {}  # or the first is the whole model
+            cap = {"bucket_cap_mb_list": [25]} if torch.__version__ >= "2.13" else {}  # or one for all
             knobs = {"init_sync": False, "gradient_as_bucket_view": True, "find_unused_parameters": True, **cap}
             wrapped = nn.parallel.DistributedDataParallel(model, **knobs)
         for rows in batches or [[0]]:
-            wrapped.require_backward_grad_sync = not batches or rows is batches[-1]  # they are exchanged once
+            wrapped.require_backward_grad_sync = not batches or rows is batches[-1]  # exchanged once
             loss, numbers = micro_loss(wrapped, rows)
             (loss * weight * WORLD).backward()  # DDP averages over ranks
             sums.append([number.detach() * weight for number in numbers])
@@ -898,7 +899,7 @@ def as_pair(row):
     same = head == other and all(chat[-1]["role"] == "assistant" for chat in chats)
     expect(same, "expected chosen and rejected to answer the same chat")
     whole = head and head[0]["role"] != "assistant" and all(message in head for message in prompt)
-    expect(whole, "expected a prompt and one turn, or whole chats with the prompt in them")
+    expect(whole, "expected a prompt and one turn, or chats with the prompt in them")
     return head, [chat[-1]["content"] for chat in chats]
 
 def pair_of(row, rm, limit=sys.maxsize):
@@ -990,7 +991,7 @@ def say(*words):
 class Log:
     """The two files under --out, and the console."""
     files = "metrics.jsonl", "samples.jsonl"
-    shown = "rm_loss rm_accuracy reward reward_spread kept valid value_bias kl value_loss value_r2 step_seconds".split()
+    shown = "rm_loss rm_accuracy reward reward_spread kept valid kl value_r2 step_seconds".split()
 
     def __init__(self, cfg, saved=()):
         self.cfg, self.record = cfg, {}
