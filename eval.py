@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -28,65 +29,59 @@ import transformers
 from tqdm import tqdm
 
 import save
-from save import RANK, Policy, RewardModel, UsageError, as_messages, fail, say
+from save import RANK, Policy, RewardModel, UsageError, blamed, expect, say
 
-# ---- 1. configuration -----------------------------------------------------------------------------------------------
-
+# ---- 1. configuration
 @dataclasses.dataclass
 class EvalConfig:
     """Evaluate reward models (--rm) or a policy (--policy) on benchmarks."""
-    rm: list = dataclasses.field(default_factory=list)      # folders or hub names; differences are to the first
-    policy: str = ""                 # folder or hub name, for alpaca_eval and arena_hard
-    bench: list = dataclasses.field(default_factory=list)   # names of benchmarks, all, or .json(l) files of pairs
-    data: str = ""                   # folder with local copies; empty: the hub
-    out: str = ""                    # folder for results.json, scores.jsonl and the cache; empty: print only
-    limit: int = 0                   # only the first rows of each benchmark, for a quick look; 0: all
+    rm: list = dataclasses.field(default_factory=list)  # folders or hub names; differences are to the first
+    policy: str = ""  # folder or hub name, for alpaca_eval and arena_hard
+    bench: list = dataclasses.field(default_factory=list)  # benchmarks, all, or .json(l), .parquet files of pairs
+    data: str = ""  # folder with local copies; empty: the hub
+    out: str = ""  # folder for results.json, scores.jsonl and the cache; empty: print only
+    limit: int = 0  # only the first rows of each benchmark, for a quick look; 0: all
     # reward models
-    max_length: int = 0              # tokens of the longest text; 0: the model's context, at most 16384
-    dtype: str = "float32"           # float32 | bfloat16
-    device: str = "auto"             # auto | cpu | cuda
-    micro_tokens: int = 0            # padded tokens per batch; 0: 16384 on a GPU, 2048 on a CPU
-    draws: int = 1000                # bootstrap samples
-    seed: int = 0                    # of the bootstrap and of the policy's answers
+    max_length: int = 0  # tokens of the longest text; 0: the model's context, at most 16384
+    dtype: str = "float32"  # bfloat16 makes ties; auto: bfloat16 on a GPU
+    device: str = "auto"  # auto: a GPU where there is one; cpu
+    micro_tokens: int = 0  # padded tokens per batch; 0: 16384 on a GPU, 2048 on a CPU
+    draws: int = 1000  # bootstrap samples
+    seed: int = 0  # of the bootstrap and of the policy's answers
     # policies
-    name: str = ""                   # the policy's name in files; empty: from its path
-    max_new_tokens: int = 2048       # longest answer
-    temperature: float = 0.7         # as in training (Table 8); 0: greedy
-    top_p: float = 0.8               # Table 8
-    top_k: int = 20                  # Table 8
-    max_rows: int = 32               # answers decoded together
+    name: str = ""  # the policy's name in files; empty: from its path
+    max_new_tokens: int = 2048  # longest answer
+    temperature: float = 0.7  # as in training (Table 8); 0: greedy
+    top_p: float = 0.8  # Table 8
+    top_k: int = 20  # Table 8
+    max_rows: int = 32  # answers decoded together
 
     def checked(self):
         """Refuse what cannot work, naming the flag; replace "auto" and 0 by what will be used."""
-        if bool(self.rm) == bool(self.policy):
-            fail("expected either --rm or --policy")
+        expect(bool(self.rm) != bool(self.policy), "expected either --rm or --policy")
         for flag, given in (("rm", self.rm), ("bench", [Path(name).name for name in self.bench])):
-            if len(set(given)) < len(given):
-                fail(f"--{flag} {' '.join(given)}: expected different names")
+            expect(len(set(given)) == len(given), f"--{flag} {' '.join(given)}: expected different names")
         names = list(BENCHMARKS if self.rm else QUESTIONS)
         bench = list(dict.fromkeys(itertools.chain(*(names if name == "all" else [name] for name in self.bench))))
         wrong = [name for name in bench if name not in names and not (self.rm and re.search(DATA_FILE, name))]
-        if wrong or not bench:
-            files = " or a .json(l) file of pairs" if self.rm else ""
-            fail(f"{' '.join(['--bench', *wrong])}: expected one or more of {', '.join(names)}, all{files}")
-        if self.data and not Path(self.data).is_dir():
-            fail(f"--data {self.data}: expected a folder")
+        files = " or a .json(l) or .parquet file of pairs" if self.rm else ""
+        expect(bench and not wrong, f"{' '.join(['--bench', *wrong])}: expected one or more of {', '.join(names)}, "
+               f"all{files}")
+        expect(not self.data or Path(self.data).is_dir(), f"--data {self.data}: expected a folder")
         for name in ("draws", "max_new_tokens", "top_p", "max_rows"):
-            if not getattr(self, name) > 0:
-                fail(f"--{name} {getattr(self, name)}: expected more than 0")
+            expect(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: expected more than 0")
         for name in ("limit", "max_length", "micro_tokens", "temperature", "top_k"):
-            if not getattr(self, name) >= 0:
-                fail(f"--{name} {getattr(self, name)}: expected 0 or more")
-        if self.policy and not (self.data and self.out):
-            fail("--policy: expected --data, a folder with the questions, and --out, one for the answers")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            fail("--device cuda: no GPU is to be had here, expected cpu or auto")
-        gpu = self.device != "cpu" and torch.cuda.is_available()
-        return dataclasses.replace(self, bench=bench, device=f"cuda:{save.LOCAL_RANK}" if gpu else "cpu",
-                                   micro_tokens=self.micro_tokens or (16384 if gpu else 2048),
-                                   name=self.name or "-".join(Path(self.policy).parts[-2:]))
+            expect(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: expected 0 or more")
+        fine = self.rm or self.data and self.out
+        expect(fine, "--policy: expected --data, a folder with the questions, and --out, one for the answers")
+        gpu = self.device == "auto" and torch.cuda.is_available()
+        used = {"bench": bench, "device": f"cuda:{save.LOCAL_RANK}" if gpu else "cpu",
+                "dtype": self.dtype.replace("auto", "bfloat16" if gpu else "float32"),
+                "micro_tokens": self.micro_tokens or (16384 if gpu else 2048),
+                "name": self.name or "-".join(Path(self.policy).parts[-2:])}
+        return dataclasses.replace(self, **used)
 
-# ---- 2. score formulas: pure functions of scores --------------------------------------------------------------------
+# ---- 2. score formulas: pure functions of scores
 # Rows are dicts with the official columns plus the model's scores, the result is a dict of percentages; a part without
 # rows is left out. A formula's body yields (unit, cell, value): `value` is a term of the mean `cell`, `unit` is what
 # the bootstrap resamples.
@@ -143,9 +138,7 @@ def rewardbench_summary(cells):
 @formula(rewardbench_summary)
 def rewardbench_scores(rows):
     """RewardBench. Rows: subset, score_chosen, score_rejected -> Chat, Chat Hard, Safety, Reasoning, average.
-
-    A tie is wrong. A section without rows is left out, for --limit; officially it counts 0.
-    """
+    A tie is wrong. A section without rows is left out, for --limit; officially it counts 0."""
     for unit, row in enumerate(rows):
         yield unit, row["subset"], row["score_chosen"] > row["score_rejected"]
 
@@ -160,11 +153,9 @@ def rewardbench2_summary(cells):
 @formula(rewardbench2_summary)
 def rewardbench2_scores(rows):
     """RewardBench 2. Rows: id, subset, num_correct, scores (right ones first) -> each subset, average.
-
     The first completion shares its credit with those that tie with it at the top. A Ties prompt comes as "ref:N" (one
     right answer) and "tied:N" (many): together one unit.
-    gap = worst right - best wrong answer, spread = best - worst right answer of the tied form.
-    """
+    gap = worst right - best wrong answer, spread = best - worst right answer of the tied form."""
     ties = collections.defaultdict(dict)
     for i, row in enumerate(rows):
         scores = list(row["scores"])
@@ -198,10 +189,8 @@ def rmbench_summary(cells):
 def rmbench_scores(rows):
     """RM-Bench. Rows: domain, score_chosen [3], score_rejected [3] -> chat, math, code, safety, easy, normal, hard,
     average.
-
     3x3 comparisons of chosen i and rejected j, a tie is wrong; 0 concise, 1 detailed, 2 with markdown.
-    hard: the rejected one has the fancier style (i < j). The two safety domains are pooled by row.
-    """
+    hard: the rejected one has the fancier style (i < j). The two safety domains are pooled by row."""
     for unit, row in enumerate(rows):
         domain = re.match("chat|math|code|safety", row["domain"])[0]
         better = [[chosen > rejected for rejected in row["score_rejected"]] for chosen in row["score_chosen"]]
@@ -212,9 +201,7 @@ def rmbench_scores(rows):
 @formula(with_average)
 def ppe_preference_scores(rows):
     """PPE Preference. Rows: winner, score_1, score_2 -> average.
-
-    Only rows that model_a or model_b wins; a tie of the scores is wrong.
-    """
+    Only rows that model_a or model_b wins; a tie of the scores is wrong."""
     for unit, row in enumerate(rows):
         sign = {"model_a": 1, "model_b": -1}.get(row["winner"], 0)
         if sign:
@@ -224,9 +211,7 @@ def ppe_preference_scores(rows):
 def ppe_correctness_scores(rows):
     """PPE Correctness. Rows: benchmark, scores (bool per response), sampled_conflict_pairs, rewards -> each benchmark,
     average: the plain mean of the sets.
-
-    The sampled pairs (i, j), 0-based, are of a right and a wrong response; a tie is wrong.
-    """
+    The sampled pairs (i, j), 0-based, are of a right and a wrong response; a tie is wrong."""
     for unit, row in enumerate(rows):
         for i, j in row["sampled_conflict_pairs"]:
             right, wrong = (i, j) if row["scores"][i] > row["scores"][j] else (j, i)
@@ -237,9 +222,7 @@ JUDGEBENCH_CATEGORIES = {"mmlu-pro": "knowledge", "livebench-reasoning": "reason
 
 def judgebench_summary(cells):
     """average: over rows, the official number. macro: mean of the categories, which Skywork publishes.
-
-    The paper's 69.2 is Skywork's macro, 237/350 = 67.7 over rows. What it measured itself is k/350.
-    """
+    The paper's 69.2 is Skywork's macro, 237/350 = 67.7 over rows. What it measured itself is k/350."""
     categories = with_average({name: cells[name] for name in JUDGEBENCH_CATEGORIES.values() if name in cells})
     return {**categories, "average": 100 * cells["all"], "macro": categories["average"]}
 
@@ -247,9 +230,7 @@ def judgebench_summary(cells):
 def judgebench_scores(rows):
     """JudgeBench. Rows: source, label, score_A, score_B -> knowledge, reasoning, math, coding, average (micro) and
     macro.
-
-    Each row counts in its category and in all; a tie is wrong, as in the official two-order mode.
-    """
+    Each row counts in its category and in all; a tie is wrong, as in the official two-order mode."""
     for unit, row in enumerate(rows):
         sign = {"A>B": 1, "B>A": -1}[row["label"]]
         right = sign * row["score_A"] > sign * row["score_B"]
@@ -266,22 +247,18 @@ ARENA_POINTS = {"A>>B": [1] * 3, "A>B": [1], "A=B": [0.5], "A<B": [0], "A<<B": [
 def arena_hard_scores(rows):
     """Arena-Hard-v2.0 without style control. Rows: uid, category, games [{score}, {score}] -> hard_prompt,
     creative_writing: there is no official mean of the two.
-
     games[0]: the baseline is A; games[1]: the model is A. A question with a game without verdict is left out. The
-    official script prints a mean of 100 unseeded bootstraps of this, +-0.1.
-    """
+    official script prints a mean of 100 unseeded bootstraps of this, +-0.1."""
     for unit, row in enumerate(rows):
         verdicts = [game and ARENA_POINTS.get(game["score"]) for game in row["games"]]
         if all(verdicts):
             for points in [1 - p for p in verdicts[0]] + verdicts[1]:
                 yield unit, row["category"], points
 
-# ---- 3. intervals ---------------------------------------------------------------------------------------------------
+# ---- 3. intervals
 def bootstrap(scores, rows, draws, seed):
     """{key: (draws,)}: the scores of resampled units, the same ones for two RMs on the same rows.
-
-    Units are resampled among those that count in the same cells: the make-up of a benchmark stays.
-    """
+    Units are resampled among those that count in the same cells: the make-up of a benchmark stays."""
     units = collections.defaultdict(lambda: collections.defaultdict(lambda: [0.0, 0]))
     for unit, cell, value in scores.outcomes(rows):
         units[unit][cell][0] += value
@@ -302,8 +279,8 @@ def interval(draws):
     """The middle 95 % of bootstrap draws."""
     return [float(x) for x in np.percentile(draws, [2.5, 97.5])]
 
-# ---- 4. benchmarks --------------------------------------------------------------------------------------------------
-def expect(row, where, columns):
+# ---- 4. benchmarks
+def check_row(row, where, columns):
     """The row if it has these columns: {name: type, [str] for texts, or the pattern of a string}."""
     for name, kind in columns.items():
         value = row.get(name) if isinstance(row, dict) else None
@@ -313,30 +290,29 @@ def expect(row, where, columns):
             fits = isinstance(value, list) and value and all(isinstance(text, str) for text in value)
         else:
             fits = isinstance(value, kind)
-        if not fits:
-            wanted = "list of str" if kind == [str] else kind.__name__ if isinstance(kind, type) else kind
-            fail(f"{where}: expected a column {name} ({wanted}), got {value!r:.80}")
+        wanted = "list of str" if kind == [str] else kind.__name__ if isinstance(kind, type) else kind
+        expect(fits, f"{where}: expected a column {name} ({wanted}), got {value!r:.80}")
     return row
 
 @dataclasses.dataclass
 class Benchmark:
     """Where a benchmark's rows are, what they hold, and how their scores become numbers."""
-    scores: callable                 # the formula
-    responses: dict                  # {score column: column of the response or list of responses}
-    columns: dict                    # what a row must have, see `expect`
-    hub: dict = dataclasses.field(default_factory=dict)    # {label: "name:split"}
-    files: tuple = ()                # patterns below --data, the first that finds anything
-    size: int = 0                    # rows of the official set; 0: not known
-    prompt: str = "prompt"           # column
-    side: str = "left"               # where its official script cuts a text that is too long
-    prepare: callable = lambda row, where, label: row      # -> the row to score; None: leave it out
-    compared: callable = None        # row -> pairs of scores, to count ties; None: all with all
+    scores: callable  # the formula
+    responses: dict  # {score column: column of the response or list of responses}
+    columns: dict  # what a row must have, see `check_row`
+    hub: dict = dataclasses.field(default_factory=dict)  # {label: "name:split"}
+    files: tuple = ()  # patterns below --data, the first that finds anything
+    size: int = 0  # rows of the official set; 0: not known
+    prompt: str = "prompt"  # column
+    side: str = "left"  # where its official script cuts a text that is too long
+    prepare: callable = lambda row, where, label: row  # -> the row to score; None: leave it out
+    compared: callable = None  # row -> pairs of scores, to count ties; None: all with all
 
     def texts(self, row):
-        """[(prompt, response)], in the order in which `attach` takes their scores."""
+        """[(where the row is from, prompt, response)], in the order in which `attach` takes their scores."""
         columns = (row[column] for column in self.responses.values())
         texts = itertools.chain(*([value] if isinstance(value, str) else value for value in columns))
-        return [(row[self.prompt], text) for text in texts if text is not None]
+        return [(row["where"], row[self.prompt], text) for text in texts if text is not None]
 
     def attach(self, row, scores):
         """The row with its score columns; scores: an iterator. A response that is None gets none."""
@@ -350,41 +326,39 @@ class Benchmark:
         return sum(a == b for a, b in (self.compared(row) if self.compared else itertools.product(*columns)))
 
 def prepare_pair(row, where, label):
-    """Strings or whole chats; the prompt may be left out where chosen is a whole chat."""
-    prompt = row.get("prompt") or (row["chosen"][:-1] if isinstance(row["chosen"], list) else None)
-    replies = {side: as_messages(row[side], where)[-1]["content"] for side in ("chosen", "rejected")}
-    return {**row, "prompt": as_messages(prompt, where), **replies}
+    """Strings or whole chats, as save.py trains on them."""
+    with blamed(where):
+        prompt, (chosen, rejected) = save.as_pair(row)
+    return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 def prepare_rewardbench2(row, where, label):
     """Right answers first; a prompt of Ties comes in two forms."""
     if row["subset"].lower() == "ties":
-        expect(row, where, {"id": r"(ref|tied):\d+"})
+        check_row(row, where, {"id": r"(ref|tied):\d+"})
     return {**row, "num_correct": len(row["chosen"]), "responses": row["chosen"] + row["rejected"]}
 
 def prepare_rmbench(row, where, label):
     """The domain is a column on the hub and the file's name in the repository."""
-    if len(row["chosen"]) != 3 or len(row["rejected"]) != 3:
-        fail(f"{where}: expected three chosen and three rejected responses")
+    three = len(row["chosen"]) == len(row["rejected"]) == 3
+    expect(three, f"{where}: expected three chosen and three rejected responses")
     row = {**row, "domain": row.get("domain") or Path(label).name.split("_")[0]}
-    return expect(row, where, {"domain": "(chat|math|code|safety).*"})
+    return check_row(row, where, {"domain": "(chat|math|code|safety).*"})
 
 def prepare_ppe_correctness(row, where, label):
     """One row of a Best-of-K set, with the responses that occur in a pair: at most 10 of 32.
-
-    The set's name is the label or a column of its own.
-    """
+    The set's name is the label or a column of its own."""
     responses = [None] * len(row["scores"])
     for pair in row["sampled_conflict_pairs"]:
-        if {row["scores"][k] for k in pair if k in range(len(responses))} != {False, True}:
-            fail(f"{where}: pair {pair} of sampled_conflict_pairs: expected a right and a wrong response")
+        both = {row["scores"][k] for k in pair if k in range(len(responses))} == {False, True}
+        expect(both, f"{where}: pair {pair} of sampled_conflict_pairs: expected a right and a wrong response")
         for k in pair:
-            responses[k] = expect(row, where, {f"response_{k + 1}": str})[f"response_{k + 1}"]
+            responses[k] = check_row(row, where, {f"response_{k + 1}": str})[f"response_{k + 1}"]
     name = row.get("benchmark") or re.sub(r"^PPE-|-Best-of-K.*$", "", label, flags=re.S)
-    row = expect({**row, "benchmark": name, "responses": responses}, where, {"benchmark": "|".join(PPE_SETS)})
+    row = check_row({**row, "benchmark": name, "responses": responses}, where, {"benchmark": "|".join(PPE_SETS)})
     return row if row["sampled_conflict_pairs"] else None
 
-PAIRS = Benchmark(preference_scores, {"score_chosen": "chosen", "score_rejected": "rejected"},
-                  {"chosen": str | list, "rejected": str | list}, prepare=prepare_pair)
+PAIRS = Benchmark(preference_scores, {"score_chosen": "chosen", "score_rejected": "rejected"}, columns={},
+                  prepare=prepare_pair)
 PPE_SETS = ("MMLU-Pro", "MATH", "GPQA", "IFEval", "MBPP-Plus")
 BENCHMARKS = {
     "rewardbench": Benchmark(
@@ -434,22 +408,22 @@ def local_files(cfg, name, patterns):
         for path in sorted(path for path in Path(cfg.data).glob(pattern) if re.search(DATA_FILE, path.name)):
             label = str(path.relative_to(cfg.data)) if name == "ppe_correctness" else path.name  # its sets are folders
             label = re.sub(DATA_FILE, "", label)
-            if label in found:
-                fail(f"--data: expected one of {found[label]} and {path} for --bench {name}")
+            expect(label not in found, f"--data: expected one of {found.get(label)} and {path} for --bench {name}")
             found[label] = str(path)
         if found:
             return found
-    fail(f"--data {cfg.data}: nothing for --bench {name}, expected {' or '.join(patterns)}")
+    expect(False, f"--data {cfg.data}: nothing for --bench {name}, expected {' or '.join(patterns)}")
 
 def read_benchmark(cfg, name):
     """The rows of a benchmark or of a file of pairs, checked: a bad row stops the run."""
     bench = BENCHMARKS.get(name, PAIRS)
     sources = {name: name} if bench is PAIRS else local_files(cfg, name, bench.files) if cfg.data else bench.hub
-    rows = [bench.prepare(expect(row, where, bench.columns), where, label)
+    rows = [(where, bench.prepare(check_row(row, where, bench.columns), where, label))
             for label, source in sources.items() for where, row in save.read_rows(source, "bench")]
-    return [row for row in rows if row][:cfg.limit or None] or fail(f"--bench {name}: no rows")
+    rows = [{**row, "where": where} for where, row in rows if row]
+    return expect(rows[:cfg.limit or None], f"--bench {name}: no rows")
 
-# ---- 5. scoring -----------------------------------------------------------------------------------------------------
+# ---- 5. scoring
 def encode(tokenizer, prompt, response, max_length, side="left"):
     """Token ids in the RM's own template, exactly one BOS; too long: cut on that side, BOS kept."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -480,7 +454,7 @@ class Cache:
                     self.values.update(json.loads(line))
                 except ValueError:
                     pass  # empty, or cut short by a kill: its texts are scored again
-        save.barrier()  # nobody appends before everybody has read
+        save.total(0)  # nobody appends before everybody has read
 
     def append(self, new):
         """Remember `new`, in the file too."""
@@ -492,12 +466,13 @@ class Cache:
 
 @torch.no_grad()
 def score_texts(cfg, rm, cache, texts, name, side="left"):
-    """[(prompt, response)] -> scores and the number of texts that were cut. Each different text is scored once."""
-    limit = min(cfg.max_length or 16384, getattr(rm.model.config, "max_position_embeddings", None) or sys.maxsize)
+    """Benchmark.texts -> scores and the number of texts that were cut. Each different text is scored once."""
+    limit = min(cfg.max_length or 16384, rm.model.positions)
     encoded, keys, cut = {}, [], 0
-    for prompt, response in tqdm(texts, desc=f"{name}: tokenize", leave=False, delay=2, disable=save.NO_BAR):
-        ids = encode(rm.tokenizer, prompt, response, limit, side)
-        cut += len(ids) == limit and len(encode(rm.tokenizer, prompt, response, sys.maxsize)) > limit
+    for where, prompt, response in tqdm(texts, desc=f"{name}: tokenize", leave=False, delay=2, disable=save.NO_BAR):
+        with blamed(f"{where}: the chat template of {rm.tokenizer.name_or_path}"):
+            ids = encode(rm.tokenizer, prompt, response, limit, side)
+            cut += len(ids) == limit and len(encode(rm.tokenizer, prompt, response, sys.maxsize)) > limit
         keys.append(hashlib.sha256(np.array(ids, np.int32).tobytes()).hexdigest()[:32])
         encoded[keys[-1]] = ids
     todo = [key for key in encoded if key not in cache.values]
@@ -510,23 +485,21 @@ def score_texts(cfg, rm, cache, texts, name, side="left"):
     # every text was scored by one rank; the others add 0
     cache.values.update(zip(todo, save.total(*(cache.values.get(key, 0) for key in todo))))
     scores = [cache.values[key] for key in keys]
-    if not all(map(math.isfinite, scores)):  # seen by all ranks at once
-        fail(f"--rm: a score on {name} is not finite" + ", try --dtype float32" * (cfg.dtype != "float32"))
+    finite = all(map(math.isfinite, scores))  # seen by all ranks at once
+    expect(finite, f"--rm: a score on {name} is not finite" + ", try --dtype float32" * (cfg.dtype != "float32"))
     return scores, cut
 
 def evaluate(cfg, path, benchmarks, first):
     """One reward model on all benchmarks -> {bench: scores, interval, counts} and {bench: bootstrap draws}.
-
-    benchmarks: {name: rows}; first: the draws of the first reward model, for paired differences.
-    """
-    rm = save.to_working_copy(save.together(lambda: RewardModel.from_pretrained(path), in_turn=True), cfg)
+    benchmarks: {name: rows}; first: the draws of the first reward model, for paired differences."""
+    rm = save.to_working_copy(save.together(lambda: RewardModel.from_pretrained(path, cfg.device)), cfg)
     cache = Cache(cfg.out and Path(cfg.out, "cache"), fingerprint(rm, cfg.device.split(":")[0]))
     results, draws = {}, {}
     for name, rows in benchmarks.items():
         bench = BENCHMARKS.get(name, PAIRS)
         texts = [text for row in rows for text in bench.texts(row)]
         scores, cut = score_texts(cfg, rm, cache, texts, Path(name).name, bench.side)
-        scores, lengths = iter(scores), iter([len(response) for _, response in texts])
+        scores, lengths = iter(scores), iter([len(response) for _, _, response in texts])
         scored, by_length = ([bench.attach(row, values) for row in rows] for values in (scores, lengths))
         result = bench.scores(scored)
         draws[name] = bootstrap(bench.scores, scored, cfg.draws, cfg.seed)
@@ -587,18 +560,19 @@ def evaluate_reward_models(cfg):
             Path(cfg.out, "results.json").write_text(json.dumps(results, indent=1))
     say("\n".join(["", *table(results)]))
 
-# ---- 6. policies: answers -------------------------------------------------------------------------------------------
+# ---- 6. policies: answers
 def answers_of(cfg, policy, questions, name):
-    """{id: question} -> {id: answer}, sampled as in training, a share on each rank; a killed run goes on."""
+    """{id: question} -> {id: (answer, {} or the text with its thinking)}, sampled as in training, a share on each rank.
+    A killed run goes on."""
     sampling = {key: getattr(cfg, key) for key in ("max_new_tokens", "temperature", "top_p", "top_k")}
     where = Path(cfg.out, name, "answers"), fingerprint(policy, sampling, cfg.seed)
     cache, prompts = Cache(*where), {}
-    context = getattr(policy.model.config, "max_position_embeddings", None) or sys.maxsize
     for key, question in questions.items():
-        [prompts[key]] = save.encode_chats(policy.tokenizer, [[{"role": "user", "content": question}]], True)
-        if len(prompts[key]) + cfg.max_new_tokens > context:
-            fail(f"--max_new_tokens {cfg.max_new_tokens}: with question {key} of {name}, {len(prompts[key])} tokens, "
-                 f"expected at most {context} together, the policy's context")
+        with blamed(f"--bench {name} question {key}: the chat template of {cfg.policy}"):
+            [prompts[key]] = save.encode_chats(policy.tokenizer, [[{"role": "user", "content": question}]], True)
+        expect(len(prompts[key]) + cfg.max_new_tokens <= policy.model.positions, f"--max_new_tokens "
+               f"{cfg.max_new_tokens}: with question {key} of {name}, {len(prompts[key])} tokens, expected at most "
+               f"{policy.model.positions} together, the policy's context")
     todo = save.mine(sorted(prompts.keys() - cache.values.keys(), key=lambda key: (len(prompts[key]), key)))
     for start in tqdm(range(0, len(todo), cfg.max_rows), desc=f"{name}: answers", disable=save.NO_BAR):
         keys = todo[start:start + cfg.max_rows]
@@ -606,23 +580,30 @@ def answers_of(cfg, policy, questions, name):
         tokens, ended = save.rollout(policy, [prompts[key] for key in keys], 1, seeds, **sampling)
         texts = policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         cache.append({key: [text, end] for key, text, end in zip(keys, texts, ended)})
-    save.barrier()
-    answers = Cache(*where).values  # those of the other ranks too
-    cut = sum(not answers[key][1] for key in questions)
-    say(f"{name}: {len(questions)} answers, {cut} of them cut at --max_new_tokens {cfg.max_new_tokens}")
-    return {key: answers[key][0] for key in questions}
+    save.total(0)
+    texts = Cache(*where).values  # those of the other ranks too
+    opened = [key for key in questions if policy.tokenizer.decode(prompts[key]).rstrip().endswith("<think>")]
+    answers = {key: without_thinking("<think>" * (key in opened) + texts[key][0]) for key in questions}
+    cut, empty = sum(not texts[key][1] for key in questions), sum(not answer for answer, _ in answers.values())
+    say(f"{name}: {len(questions)} answers, {cut} of them cut at --max_new_tokens {cfg.max_new_tokens}, {empty} empty")
+    return answers
+
+def without_thinking(text):
+    """What follows the last </think>, "" while <think> is open; and a column with the text before, if they differ."""
+    answer = text.rpartition("</think>")[2]
+    answer = "" if "<think>" in answer else answer
+    return (text, {}) if answer == text else (answer.strip(), {"with_thinking": text})
 
 def evaluate_policy(cfg):
     """All --bench of the policy: answers on every rank, files on rank 0."""
     questions = {name: read_questions(cfg, name) for name in cfg.bench}
-    policy = save.to_working_copy(save.together(lambda: Policy.from_pretrained(cfg.policy), in_turn=True), cfg)
-    policy.check_logits(cfg.policy)
+    policy = save.to_working_copy(save.together(lambda: Policy.from_pretrained(cfg.policy, cfg.device)), cfg)
     for name, rows in questions.items():
         answers = answers_of(cfg, policy, {key: row["prompt"] for key, row in rows.items()}, name)
         if RANK == 0:
             (alpaca_eval if name == "alpaca_eval" else arena_hard)(cfg, rows, answers)
 
-# ---- 7. policies: the files that the official tools read ------------------------------------------------------------
+# ---- 7. policies: the files that the official tools read
 QUESTIONS = {  # below --data, as in tatsu-lab/alpaca_eval and lmarena-ai/arena-hard-auto on the hub
     "alpaca_eval": (("**/alpaca_eval.json*", "alpaca_eval/instructions*.json*"), {"instruction": str}),
     "arena_hard": (("**/arena-hard-v2.0/question.jsonl*", "**/question.jsonl*"),
@@ -633,34 +614,40 @@ def read_questions(cfg, name):
     patterns, columns = QUESTIONS[name]
     source, rows = next(iter(local_files(cfg, name, patterns).values())), {}
     for where, row in save.read_rows(source, "data"):
-        row = expect(row, where, columns)
+        row = check_row(row, where, columns)
         rows[row.get("uid", str(len(rows)))] = {"prompt": row.get("instruction"), **row}
     return dict(list(rows.items())[:cfg.limit or None])
 
+REFERENCE, JUDGE = "gpt-5.2-2025-12-11", "gpt-4.1-mini-2025-04-14"  # of the paper; the official ones are older
+
 def alpaca_eval(cfg, rows, answers):
-    """AlpacaEval 2: model_outputs.json, and the official command that has it judged and scored."""
-    file = Path(cfg.out, "alpaca_eval", "model_outputs.json").resolve()
-    rows = [{"dataset": row.get("dataset", ""), "instruction": row["prompt"], "output": answers[key],
-             "generator": cfg.name} for key, row in rows.items()]
+    """AlpacaEval 2: model_outputs.json, and the commands that have it judged and scored, the official one first."""
+    file, official = Path(cfg.out, "alpaca_eval", "model_outputs.json").resolve(), "weighted_alpaca_eval_gpt4_turbo"
+    rows = [{"dataset": row.get("dataset", ""), "instruction": row["prompt"], "output": answers[key][0],
+             "generator": cfg.name, **answers[key][1]} for key, row in rows.items()]
     file.write_text(json.dumps(rows, indent=1))
-    say("alpaca_eval: for the win rates, after pip install alpaca_eval and with OPENAI_API_KEY\n  alpaca_eval "
-        f"--model_outputs '{file}' --annotators_config weighted_alpaca_eval_gpt4_turbo --output_path '{file.parent}'")
+    command = f"  alpaca_eval --model_outputs '{file}' --output_path '{file.parent}' --annotators_config"
+    say("alpaca_eval: for the win rates, after pip install alpaca_eval and with OPENAI_API_KEY\n"
+        f"{command} {official}\n{command} JUDGE --reference_outputs FILE\n"
+        f"  the second as in the paper: JUDGE a copy of the folder {official} with model_name: {JUDGE}, "
+        f"FILE such a file of answers of {REFERENCE}")
 
 def arena_hard(cfg, rows, answers):
-    """Arena-Hard-v2.0: the model_answer file, and the official commands that have it judged and scored.
-
-    `arena_hard_scores` takes the rows of the model_judgment file that comes of them.
-    """
+    """Arena-Hard-v2.0: the model_answer file, and the commands that have it judged and scored.
+    `arena_hard_scores` takes the rows of the model_judgment file that comes of them."""
     file = Path(cfg.out, "arena_hard", "model_answer", f"{cfg.name}.jsonl").resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [{"uid": uid, "ans_id": hashlib.sha256(f"{cfg.name} {uid}".encode()).hexdigest()[:22], "model": cfg.name,
               "messages": [{"role": "user", "content": row["prompt"]},
-                           {"role": "assistant", "content": {"answer": answers[uid]}}],
-              **style_metadata(answers[uid])} for uid, row in rows.items()]
+                           {"role": "assistant", "content": {"answer": answers[uid][0]}}],
+              **style_metadata(answers[uid][0]), **answers[uid][1]} for uid, row in rows.items()]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = "  python show_result.py --category hard_prompt --judge-names"
     say("arena_hard: for the win rates, in a checkout of lmarena/arena-hard-auto, with "
         f"model_list: [{cfg.name}] in config/arena-hard-v2.0.yaml\n  cp '{file}' data/arena-hard-v2.0/model_answer/\n"
-        "  python gen_judgment.py\n  python show_result.py --judge-names gpt-4.1 --category hard_prompt")
+        f"  python gen_judgment.py\n{command} gpt-4.1\n{command} {JUDGE}\n"
+        f"  the second as in the paper: before gen_judgment.py judge_model: {JUDGE} in that file, "
+        "and an entry of this name in config/api_config.yaml")
 
 def style_metadata(text):
     """What style control reads: tokens, markdown outside code blocks. Nothing without tiktoken."""
@@ -679,18 +666,22 @@ def style_metadata(text):
               for kind, some in patterns.items()}
     return {"metadata": {"token_len": tokens, **counts}}
 
-# ---- 8. main --------------------------------------------------------------------------------------------------------
+# ---- 8. main
 def main(argv=None):
     """Parse, check, evaluate. Bad input: one line on stderr and exit code 2."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if save.NO_BAR or not sys.stderr.isatty():  # where ours are off
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     try:
         cfg = save.parse_config(argv, EvalConfig).checked()
         save.start_ranks(cfg.device)
+        if cfg.device != "cpu":
+            torch.set_float32_matmul_precision("high")  # TF32
         (evaluate_reward_models if cfg.rm else evaluate_policy)(cfg)
     except (UsageError, OSError) as error:  # OSError: a disk that is full or gone, perhaps of one rank
         if RANK == 0 or isinstance(error, OSError):
-            print(f"eval.py: error: {error}", file=sys.stderr)
+            print("eval.py: error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 
 if __name__ == "__main__":

@@ -360,18 +360,48 @@ def test_no_row_counts_twice(rms, data, tmp_path, capsys, other):
 
 GOOD = {"prompt": "copy a", "chosen": "a", "rejected": "b"}
 
+def said_by(*turns):
+    """A chat of (role, text) in turn."""
+    return [{"role": role, "content": text} for role, text in zip(turns[::2], turns[1::2])]
+
 @pytest.mark.parametrize("row, said", [
-    ({"prompt": "copy a", "chosen": "a"}, "row 2: expected a column rejected (str | list)"),
-    ({"prompt": "copy a", "chosen": 3, "rejected": "b"}, "row 2: expected a column chosen (str | list)"),
-    ({"chosen": "a", "rejected": "b"}, "row 2: expected text or a list"),
-    ("copy a", "row 2: expected a column chosen"),
+    ({"prompt": "copy a", "chosen": "a"}, "row 2: expected columns prompt, chosen, rejected"),
+    ({"prompt": "copy a", "chosen": 3, "rejected": "b"}, "row 2: chosen: expected text or a list"),
+    ({"chosen": "a", "rejected": "b"}, "row 2: expected "),
+    ("copy a", "row 2: expected columns prompt, chosen, rejected"),
     ('{"prompt": ', "row 2: expected JSON"),
+    ({"chosen": said_by("user", "copy a", "assistant", "a"), "rejected": said_by("user", "copy b", "assistant", "b")},
+     "row 2: expected chosen and rejected to answer the same chat"),
+    ({"chosen": said_by("user", "copy a"), "rejected": said_by("user", "copy b")}, "to answer the same chat"),
+    ({"prompt": "copy a", "chosen": said_by("assistant", "a", "user", "b", "assistant", "a"),
+      "rejected": said_by("assistant", "a", "user", "b", "assistant", "b")}, "row 2: expected "),
 ])
 def test_a_bad_row_names_file_and_row(world, tmp_path, capsys, row, said):
     lines = [json.dumps(GOOD), row if isinstance(row, str) and row.startswith("{") else json.dumps(row)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
     line = refusal(capsys, "--rm", world / "rm", "--bench", tmp_path / "pairs.jsonl", "--out", tmp_path / "out")
     assert str(tmp_path / "pairs.jsonl") in line and said in line and not (tmp_path / "out").exists()
+
+def test_a_row_that_the_chat_template_refuses_is_named(world, tmp_path, capsys):
+    """Some have no system role; save.py refuses such a row as well."""
+    shutil.copytree(world / "rm", tmp_path / "rm")
+    template = AutoTokenizer.from_pretrained(world / "rm")
+    template.chat_template = ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+                              + template.chat_template)
+    template.save_pretrained(tmp_path / "rm")
+    toy.write_rows(tmp_path / "pairs.jsonl", [GOOD, {**GOOD, "prompt": said_by("system", "s", "user", "copy a")}])
+    line = refusal(capsys, "--rm", tmp_path / "rm", "--bench", tmp_path / "pairs.jsonl")
+    assert f"--bench {tmp_path}/pairs.jsonl row 2: the chat template of {tmp_path}/rm: no system role" in line
+
+def test_pairs_may_be_parquet_and_help_says_so(world, tmp_path, capsys):
+    import datasets
+    file = tmp_path / "pairs.parquet"
+    datasets.Dataset.from_list([GOOD] * 3).to_parquet(file)
+    run("--rm", world / "rm", "--bench", file, "--out", tmp_path)
+    assert results(tmp_path)[str(world / "rm")][str(file)]["rows"] == 3
+    with pytest.raises(SystemExit):
+        run("--help")
+    assert "parquet" in capsys.readouterr().out
 
 @pytest.mark.parametrize("name, file, change, said", [
     ("rmbench", "RM-Bench/chat_filtered.json", {"chosen": ["a"]}, "expected three chosen and three rejected"),
@@ -422,9 +452,9 @@ def test_bad_flags(capsys, flags, said, tmp_path, monkeypatch):
 def test_what_is_no_reward_model(world, data, tmp_path, capsys):
     flags = ("--bench", "judgebench", "--data", data)
     assert "reward model" in refusal(capsys, "--rm", world / "policy", *flags)
-    assert "expected a folder" in refusal(capsys, "--rm", tmp_path / "missing", *flags)
+    assert "expected a reward model" in refusal(capsys, "--rm", tmp_path / "missing", *flags)
     (tmp_path / "empty").mkdir()
-    assert "expected a folder" in refusal(capsys, "--rm", tmp_path / "empty", *flags)
+    assert "expected a reward model" in refusal(capsys, "--rm", tmp_path / "empty", *flags)
     line = refusal(capsys, "--rm", world / "rm", "--bench", "judgebench", "--data", tmp_path)
     assert "nothing for --bench judgebench" in line and "gpt.jsonl" in line
 

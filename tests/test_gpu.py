@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import shutil
 import socket
-import sys
-import types
 import unittest.mock
 
 import pytest
@@ -16,6 +14,9 @@ import torch.distributed as dist
 import transformers
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import bench
+import eval as evaluation
+import pretend_gpu
 import save
 from pretend_gpu import Pretence
 
@@ -32,8 +33,8 @@ WAITS = {  # function of save.py: how often the host may wait in it, for each ca
     "ShardedAdamW.step": {"ShardedAdamW.step": 1}, "total": {"total": 4}, "Log.time": {"Log.time": 1},
     "score_batch": {"score_batch": 1}, "value_step": {"value_step": 2}, "value_stage": {"value_step": 1},
     "Log.put": {"save_step": 20, "sample": 1}, "learn": {"save_step": 3}, "record": {"save_step": 5},
-    "reward_model_step": {"save_step": 3}, "policy_step": {"save_step": 5}, "response_log_probs": {"save_step": 2}}
-ONCE = {"diagnose", "Policy.check_logits", "expect", "RewardModel.save_pretrained", "replaced_folder",
+    "reward_model_step": {"save_step": 3}, "policy_step": {"save_step": 7}, "response_log_probs": {"save_step": 2}}
+ONCE = {"diagnose", "Policy.from_pretrained", "expect", "RewardModel.save_pretrained", "replaced_folder",
         "ShardedAdamW.__init__"}
 
 def argv(world, out, **flags):
@@ -112,6 +113,22 @@ def test_a_run_is_the_same_byte_for_byte(world, tmp_path, name):
         on_gpu(world, tmp_path / "gpu", resume=True, **CASES[name])
         same_files(tmp_path / "cpu", tmp_path / "gpu")
 
+def test_eval_py_is_the_same_byte_for_byte(world, tmp_path, monkeypatch):
+    """Scores of a reward model, answers of a policy."""
+    set_to = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+    (tmp_path / "alpaca_eval.json").write_text(json.dumps([{"instruction": f"copy {word}"} for word in "abcd"]))
+    flags = {"--rm": world / "rm", "--bench": world / "heldout_id.jsonl"}, {
+        "--policy": world / "policy", "--bench": "alpaca_eval", "--data": tmp_path, "--max_new_tokens": 6}
+    for each in flags:
+        words = [str(word) for pair in each.items() for word in pair]
+        evaluation.main([*words, "--out", str(tmp_path / "cpu"), "--device", "cpu"])
+        with Pretence():
+            evaluation.main([*words, "--out", str(tmp_path / "gpu")])
+    assert set_to == ["high"] * 2
+    for file in ("scores.jsonl", "alpaca_eval/model_outputs.json"):
+        assert (tmp_path / "cpu" / file).read_bytes() == (tmp_path / "gpu" / file).read_bytes()
+
 def as_rank(rank, port):
     """What torchrun would set, in a process that it would start, but without importing everything again."""
     save.RANK, save.WORLD, save.LOCAL_RANK, save.NO_BAR = rank, 2, rank, True
@@ -147,45 +164,40 @@ def test_two_ranks_are_the_same_byte_for_byte(world, tmp_path):
         same_files(tmp_path / f"{case} cpu", tmp_path / f"{case} gpu")
 
 # ---------------------------------------------------------------- it can fail
-def inputs_on_the_host(old, *inputs):
-    return tuple(x.cpu() for x in old(*inputs))
+def values_on_the_host(old, *inputs):
+    return old(*inputs).cpu()
 
 def uniforms_on_the_host(old, logits, uniforms, *sampling):
     return old(logits, uniforms.cpu(), *sampling)
 
-def moments_on_the_host(old, optimizer, state):
-    device, optimizer.device = optimizer.device, "cpu"
-    old(optimizer, state)
-    optimizer.device = device
+def moments_on_the_host(old, optimizer, source):
+    for state in optimizer.adamw.state.values():
+        state["exp_avg"] = state["exp_avg"].cpu()
+    old(optimizer, source)
 
 def a_wait_a_token(old, logits, *inputs):
     return old(logits / logits.max().item(), *inputs)
 
-def a_wait_a_micro_batch(old, policy, hidden, *inputs):
-    return old(policy, hidden if hidden.norm().item() else hidden * 0, *inputs)
+def a_wait_a_micro_batch(old, logits, *inputs, **options):
+    logits.detach().max().item()
+    return old(logits, *inputs, **options)
 
 def weights_held_twice(old, optimizer, *inputs, **options):
     old(optimizer, *inputs, **options)
     optimizer.copies = [p.detach().clone() for _, p in optimizer.named]
 
 @pytest.mark.parametrize("target, bug, said", [
-    ("model_inputs", inputs_on_the_host, "operands on"), ("sample_tokens", uniforms_on_the_host, "operands on"),
-    ("ShardedAdamW.load_state_dict", moments_on_the_host, "operands on"),
+    ("anchor", values_on_the_host, "operands on"), ("sample_tokens", uniforms_on_the_host, "operands on"),
+    ("ShardedAdamW.publish", moments_on_the_host, "operands on"),
     ("sample_tokens", a_wait_a_token, "decode: the host waits"),
-    ("Policy.token_log_probs", a_wait_a_micro_batch, "the host waits"),
+    ("F.cross_entropy", a_wait_a_micro_batch, "Policy.forward: the host waits"),
     ("ShardedAdamW.__init__", weights_held_twice, "bytes, expected at most")])
 def test_an_injected_bug_is_found(world, tmp_path, monkeypatch, target, bug, said):
-    resumed = target == "ShardedAdamW.load_state_dict"
-    flags = {"steps": 1 if "token" in target else 2, "save_every": 1 if resumed else 0}
-    if resumed:
-        save.main(argv(world, tmp_path / "out", device="cpu", **flags))
-        for part in ("rm", "policy", "checkpoints/step_000002"):
-            shutil.rmtree(tmp_path / "out" / part)
     owner, _, name = f"save.{target}".rpartition(".")
     owner = eval(owner)
     monkeypatch.setattr(owner, name, lambda *inputs, old=getattr(owner, name), **options: bug(old, *inputs, **options))
     with pytest.raises(AssertionError, match=said):
-        on_gpu(world, tmp_path / "out", resume=resumed, **flags)
+        on_gpu(world, tmp_path / "out")
 
 @pytest.fixture
 def ranks(monkeypatch):
@@ -204,7 +216,8 @@ def test_a_tensor_of_the_host_is_not_for_nccl(ranks):
 
 # ---------------------------------------------------------------- gradients are held once
 def gradients(gpu, model, width):
-    """`accumulate` over three micro-batches -> peaks before and in the backward passes, in sizes of the gradients."""
+    """`train_on` three micro-batches -> peaks before and in the backward passes, in sizes of the gradients."""
+    model.zero_grad()
     one, before, built = sum(4 * p.numel() for p in model.parameters()), gpu.live, []
     inputs = torch.linspace(-1, 1, 3 * width).view(3, 1, width).to("cuda")
 
@@ -214,7 +227,7 @@ def gradients(gpu, model, width):
             torch.cuda.reset_peak_memory_stats()
         loss = (model(inputs[rows[0]]) ** 2).mean()
         return loss, (loss,)
-    save.accumulate(model, [[0], [1], [2]], micro_loss)
+    save.train_on(unittest.mock.MagicMock(model=model), "model", [[0], [1], [2]], micro_loss)  # without a step
     return (built[0] - before) / one, (gpu.peak - before) / one
 
 def test_gradients_are_held_once(ranks, monkeypatch):
@@ -239,165 +252,51 @@ def test_building_ddp_does_not_hold_them_twice_either(ranks, monkeypatch):
         building, backward = gradients(gpu, model, 4096)
     assert 1 <= building <= 1.3 and 1 <= backward <= 1.3
 
-# ---------------------------------------------------------------- memory at full size
+# ---------------------------------------------------------------- what fits, from two configurations
 @pytest.mark.skipif(transformers.__version__ < "5.23", reason="the cache of transformers before 5.23 copies more")
-@pytest.mark.parametrize("ranks, offload", [(1, False), (4, True)])
-def test_the_table_of_full_size_counts_every_byte_that_is_always_there(ranks, offload):
-    """bench.py memory beside the sum by hand: bf16 copies; fp32 masters and moments, and the initial weights."""
-    import bench
-    shape = bench.llm(2, 512, 4, 1024, 4096, True) | {"num_key_value_heads": 2}
-    peaks = bench.full_size_peaks(shape, shape, ranks, offload)
+@pytest.mark.parametrize("ranks, flags", [(1, []), (4, ["--offload"]), (1, ["--cache_tokens", "78000"])])
+def test_bench_memory_counts_every_byte_that_is_always_there(tmp_path, capsys, ranks, flags):
+    """Its table beside the sum by hand: bf16 copies; fp32 masters and moments, and the initial weights."""
+    shape = bench.llm(2, 512, 4, 1024, 4096, kv_heads=2)
+    transformers.Qwen3Config(**shape).save_pretrained(tmp_path / "policy")
+    transformers.LlamaConfig(**shape).save_pretrained(tmp_path / "rm")
+    bench.main(["memory", "--policy", f"{tmp_path}/policy", "--rm", f"{tmp_path}/rm", "--ranks", str(ranks), *flags])
+    *_, row, last = capsys.readouterr().out.splitlines()
+    assert row.startswith(f"| policy + rm, {ranks}{', --offload' if '--offload' in flags else ''} | ")
+    configs = transformers.Qwen3Config(**shape), transformers.LlamaConfig(**shape)
+    peaks = pretend_gpu.memory_peaks(*configs, ranks, save.parse_config(flags))
+    assert row.split(" | ", 1)[1] == " | ".join(f"{peak:.1f}" for peak in peaks.values()) + " |"
     layer = 2 * 512 * 4 * 128 + 2 * 512 * 2 * 128 + 3 * 512 * 1024 + 2 * 512  # q and o, k and v, MLP, norms
     policy = 4096 * 512 + 2 * layer + 512 + 2 * 2 * 128  # Qwen3 also normalises heads of q and k
     rm = 4096 * 512 + 2 * layer + 512 + 512
-    states = 0 if offload else 12 * (policy + rm) + 2 * policy
+    states = 0 if "--offload" in flags else 12 * (policy + rm) + 2 * policy
     assert peaks["always"] * 1e9 == pytest.approx(2 * (policy + rm) + states, rel=1e-3)
-    cache = 8 * 16 * 1215 * 2 * 2 * 2 * 128 * 2  # rows, tokens, keys and values, layers, heads, their width, bf16
+    prompts = 4 if "--cache_tokens" in flags else 32 // ranks  # 4 * 16 * 1216 = 77824
+    cache = prompts * 16 * 1215 * 2 * 2 * 2 * 128 * 2  # rows, tokens, keys and values, layers, heads, their width, bf16
     assert cache < (peaks["rollout"] - peaks["always"]) * 1e9 < 1.5 * cache
     assert peaks["policy_update"] - peaks["always"] > 2e-9 * policy  # its gradients
+    assert last == "fits 24 GB"
 
-# ---------------------------------------------------------------- what cannot fit is refused before it starts
-def measured_and_needed(monkeypatch, policy, rm, ranks, offload):
-    """Peaks in GB as bench.py memory measures them, and what save.py says to the same run before its first step."""
-    import bench
-    go_through_phases, needed = bench.go_through_phases, {}
+@pytest.mark.parametrize("change, flags, line", [
+    ({}, [], "fits 24 GB"), ({"policy_update": 23}, [], "fits 40 GB"), ({"score": 78}, [], "fits 80 GB"),
+    ({"rollout": 42}, [], "fits 24 GB, the rollout in 4 parts"),  # 9 prompts of 1 GB in 0.8 * (24 - 2 - 10)
+    ({"rollout": 42}, ["--cache_tokens", "999999"], "fits 80 GB"),
+    ({"score": 79}, [], "does not fit 80 GB, 79.0 in score: --offload, more ranks, lower --micro_tokens"),
+    ({"rm_update": 79}, ["--offload"], "does not fit 80 GB, 79.0 in rm_update: lower --micro_tokens"),
+    ({"rollout": 99}, ["--offload", "--cache_tokens", "999999"],
+     "does not fit 80 GB, 99.0 in rollout: lower --cache_tokens or --max_new_tokens"),
+    ({"rollout": 5000}, ["--offload"],
+     "does not fit 80 GB, 5000.0 in rollout: lower --cache_tokens or --max_new_tokens"),
+    ({"always": 79, "rollout": 80}, ["--offload"], "does not fit 80 GB, 79.0 in always: smaller models")])
+def test_the_last_line_of_bench_memory(change, flags, line):
+    peaks = {"always": 10, "rollout": 16, "score": 11, "rm_update": 12, "log_probs": 11, "policy_update": 22, **change}
+    assert pretend_gpu.what_fits(peaks, 1, save.parse_config(flags)) == line
 
-    def go(run, gpu, prompts):
-        go_through_phases(run, gpu, prompts)
-        for optimizer in run.optimizers.values():
-            optimizer.adamw.state.clear()  # as before the first step
-        tokens = run.cfg.batch // ranks * run.cfg.group * (192 + run.cfg.max_new_tokens)
-        needed.update({phase: need / 1e9 for phase, need in save.memory_needed(run, tokens).items()})
-    monkeypatch.setattr(bench, "go_through_phases", go)
-    peaks = bench.full_size_peaks(policy, rm, ranks, offload)
-    assert [*needed] == ["always", "rollout", "rm_update", "policy_update"]
-    assert needed["always"] == pytest.approx(peaks["always"], rel=1e-3)
-    return [(phase, peaks[phase], need) for phase, need in needed.items()]
-
-@pytest.mark.skipif(transformers.__version__ < "5.23", reason="the cache of transformers before 5.23 copies more")
-@pytest.mark.parametrize("ranks, offload", [(1, False), (8, True)])
-def test_the_need_of_small_models_is_not_overstated(monkeypatch, ranks, offload):
-    """Of 16 layers; the fewer there are, the more weighs the one under way."""
-    import bench
-    shape = bench.llm(16, 512, 4, 1024, 4096, True) | {"num_key_value_heads": 2}
-    for phase, peak, need in measured_and_needed(monkeypatch, shape, shape, ranks, offload):
-        assert 0.75 * peak < need < 1.001 * peak, phase
-
-@pytest.mark.slow
-@pytest.mark.skipif(transformers.__version__ < "5.23", reason="the cache of transformers before 5.23 copies more")
-@pytest.mark.parametrize("models, ranks, offload", [
-    ("4B + 3B", 1, False), ("4B + 3B", 2, False), ("4B + 3B", 4, False), ("4B + 3B", 4, True), ("4B + 3B", 8, False),
-    ("8B + 8B", 4, False), ("8B + 8B", 8, True)])
-def test_the_need_of_large_models_is_that_of_the_table(monkeypatch, models, ranks, offload):
-    import bench
-    for phase, peak, need in measured_and_needed(monkeypatch, *bench.MODELS[models], ranks, offload):
-        assert 0.95 * peak < need < 1.001 * peak, phase
-
-@pytest.fixture
-def needed(monkeypatch):
-    """What save.memory_needed said last, as if the models were 100,000 times as large."""
-    said, memory_needed = {}, save.memory_needed
-
-    def scaled(*inputs):
-        said.clear()
-        said.update({phase: 1e5 * need for phase, need in memory_needed(*inputs).items()})
-        return said
-    monkeypatch.setattr(save, "memory_needed", scaled)
-    return said
-
-def refused(words, capsys, size):
-    """What a run says that is refused on a GPU of `size` bytes."""
-    capsys.readouterr()
-    with Pretence(size=size), pytest.raises(SystemExit) as stop:
-        save.main(words)
-    [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2
-    return line
-
-@pytest.mark.parametrize("phase, flags, others, helps", [
-    ("always", {}, "rollout rm_update policy_update", "--offload, more GPUs, smaller models"),
-    ("always", {"offload": True}, "rollout rm_update policy_update", "smaller models"),
-    ("always", {"stage": "value"}, "rollout", "smaller models"),
-    ("rollout", {}, "always rm_update policy_update", "--offload, more GPUs, lower --cache_tokens"),
-    ("rollout", {"offload": True}, "always rm_update policy_update", "lower --cache_tokens"),
-    ("rollout", {"stage": "value", "value_k": 8}, "always", "lower --cache_tokens"),
-    ("rm_update", {"stage": "preference"}, "always", "--offload, more GPUs, lower --micro_tokens"),
-    ("rm_update", {"cache_tokens": 1}, "always rollout policy_update", "--offload, more GPUs, lower --micro_tokens"),
-    ("policy_update", {"cache_tokens": 1, "rm_update": "none", "offload": True}, "always rollout",
-     "lower --micro_tokens")])
-def test_what_cannot_fit_is_refused_in_one_line(world, tmp_path, capsys, needed, phase, flags, others, helps):
-    words = argv(world, tmp_path / "out", **{**flags, "steps": 1})
-    assert "1 ranks, always: needs " in refused(words, capsys, -1)
-    assert {*needed} == {phase, *others.split()}
-    need, there = needed[phase], needed[phase] - 2e8
-    figures = f"needs {need / 1e9:.1f} GB on each GPU, {there / 1e9:.1f} GB are free"
-    assert refused(words, capsys, there) == f"save.py: error: 1 ranks, {phase}: {figures}: {helps}"
-    assert not (tmp_path / "out").exists()
-
-@pytest.mark.parametrize("stage", ["preference", "value"])
-def test_what_fits_exactly_is_not_refused(world, tmp_path, capsys, needed, stage):
-    words = argv(world, tmp_path / "out", stage=stage, steps=1)
-    refused(words, capsys, -1)
-    refused(words, capsys, max(needed.values()) - 1)
-    with Pretence(size=max(needed.values())):
-        save.main(words)
-    assert (tmp_path / "out/rm").exists()
-
-@pytest.mark.parametrize("flags, rows", [
-    ({"stage": "preference", "batch": 8}, lambda prompt, pair: 8 * 2 * pair),
-    ({"stage": "value"}, lambda prompt, pair: 4 * SMALL["value_k"] * (prompt + 8)),
-    ({}, lambda prompt, pair: 4 * SMALL["group"] * (prompt + 8))])
-def test_the_need_is_that_of_the_rows_of_a_rank(world, tmp_path, monkeypatch, flags, rows):
-    """A mean prompt and longest responses; two ranks have half of the rows each."""
-    cfg, words = save.parse_config(argv(world, "")), save.load_tokenizer(world / "rm", "rm")
-    prompts = [len(ids) for _, ids in save.read_prompts(cfg, save.load_tokenizer(world / "policy"))]
-    chosen = [len(ids) for (ids, _), _ in save.read_pairs(cfg, cfg.pairs, "pairs", words)]
-    want, asked = rows(sum(prompts) / len(prompts), sum(chosen) / len(chosen)), []
-
-    def check_memory(run, tokens):
-        asked.append(tokens)
-        save.fail("enough")
-    monkeypatch.setattr(save, "check_memory", check_memory)
-    for ranks in (1, 2):
-        monkeypatch.setattr(save, "WORLD", ranks)
-        monkeypatch.setattr(save, "together", lambda work, **_: work())
-        monkeypatch.setattr(save, "start_ranks", lambda device: None)
-        with Pretence(), pytest.raises(SystemExit):
-            save.main(argv(world, tmp_path / "out", **flags))
-    assert asked == [pytest.approx(want), pytest.approx(want / 2)]
-
-@pytest.mark.parametrize("kind, config", [
-    (transformers.LlamaForCausalLM, transformers.LlamaConfig()),
-    (transformers.MistralForCausalLM, transformers.MistralConfig(sliding_window=8)),
-    (transformers.GPT2LMHeadModel, transformers.GPT2Config())])
-def test_what_is_not_known_of_a_model_counts_nothing(kind, config):
-    """Layers that keep a window only, and parts of other names: no run is refused for what it may not need."""
-    policy = torch.nn.Module()
-    with torch.device("meta"):
-        policy.model, master = kind(config).bfloat16(), torch.empty(10 ** 12)
-    run = types.SimpleNamespace(cfg=save.Config(offload=True, micro_tokens=100, cache_tokens=0), policy=policy,
-                                optimizers={"policy": types.SimpleNamespace(masters={"": master})})
-    needed, llama = save.memory_needed(run, 1000), kind is transformers.LlamaForCausalLM
-    gradients, (layers, hidden) = 2 * policy.model.num_parameters(), (config.num_hidden_layers, config.hidden_size)
-    graph = 0 if kind is transformers.GPT2LMHeadModel else 100 * 2 * layers * hidden * 2
-    assert needed["policy_update"] - needed["always"] == gradients + graph
-    cache = needed.get("rollout", needed["always"]) - needed["always"]
-    assert cache == (1000 * 2 * layers * hidden * 2 if llama else 0)  # keys and values, no fewer heads of them
-    assert ("rollout" in needed) == (kind is not transformers.MistralForCausalLM)
-    run.cfg.offload = False  # now there are moments, and in the step fp32 gradients instead of all that
-    more = save.memory_needed(run, 1000)
-    assert more["always"] - needed["always"] == 8e12 and more["policy_update"] - more["always"] == 4e12
-
-def rank_beside_a_small_gpu(rank, port, world, out):
-    """Rank 1's GPU holds nothing."""
-    as_rank(rank, port)
-    sys.stderr = open(out / str(rank), "w")
-    with Pretence(size=0 if rank else float("inf")):
-        save.main(argv(world, out / "out"))
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a real GPU autograd has threads, which do not fork")
-def test_what_one_gpu_cannot_hold_all_ranks_refuse(world, tmp_path):
-    assert two_ranks(rank_beside_a_small_gpu, world, tmp_path) == [2, 2]
-    [line] = (tmp_path / "0").read_text().splitlines()
-    assert line.startswith("save.py: error: 2 ranks, always: needs 0.0 GB on each GPU, 0.0 GB are free: --offload, ")
-    assert not (tmp_path / "1").read_text() and not (tmp_path / "out").exists()
+def test_bench_memory_refuses_in_one_line(tmp_path, capsys):
+    shape = bench.llm(2, 64, 4, 128, 512)
+    transformers.Qwen3Config(**shape).save_pretrained(tmp_path)
+    for words, said in ((["--ranks", "3"], "--batch 32: expected a multiple of 3"), (["--rm", ""], "expected both")):
+        with pytest.raises(SystemExit) as stop:
+            bench.main(["memory", "--policy", str(tmp_path), "--rm", str(tmp_path), *words])
+        [error] = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and error.startswith("bench.py: error: ") and said in error

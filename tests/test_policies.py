@@ -75,7 +75,7 @@ def test_a_killed_run_goes_on_and_another_policy_starts_anew(world, data, monkey
     def counted(policy, prompts, *args, **kwargs):
         if len(asked) >= 6 and kill:
             raise KeyboardInterrupt
-        asked.extend(prompts)
+        asked.extend(prompts if kwargs["max_new_tokens"] == 6 else [])  # loading a policy tries a few tokens
         return rollout(policy, prompts, *args, **kwargs)
 
     monkeypatch.setattr(save, "rollout", counted)
@@ -89,6 +89,39 @@ def test_a_killed_run_goes_on_and_another_policy_starts_anew(world, data, monkey
     assert len(asked) == 13
     run(world, data, "--seed", 1)
     assert len(asked) == 26
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("a < b <think", "a < b <think"), ("", ""), (" a\n", " a\n"),        # no thinking: as it is
+    ("<think>\nb\n</think>\n\na\n", "a"), ("b</think>a", "a"),          # its beginning may be in the prompt
+    ("<think>b</think>c<think>d</think>a", "a"), ("<think>b</think>", ""),
+    ("<think>b", ""), ("<think>b</think>c<think>d", "")])                 # cut while thinking: no answer yet
+def test_thinking_is_cut_out_of_the_answer_and_kept_beside_it(text, answer):
+    assert evaluation.without_thinking(text) == (answer, {} if text == answer else {"with_thinking": text})
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_the_judges_do_not_see_the_thinking(world, data, monkeypatch, capsys, opened):
+    """Answers of a thinking model, in turn whole and cut off; some templates open the thinking in the prompt."""
+    tokenizer = save.Policy.from_pretrained(str(world / "policy")).tokenizer
+    start, decode = "" if opened else "<think>", type(tokenizer).decode
+    says = iter([f"{start}x</think> a", f"{start}x"] * 20)
+    monkeypatch.setattr(type(tokenizer), "batch_decode", lambda self, rows, **_: [next(says) for _ in rows])
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids, **options: decode(self, ids, **options) + (
+        "<think>\n" if opened else ""))
+    out = run(world, data, "--max_rows", 1)
+    rows = {"alpaca": [(row["output"], row["with_thinking"]) for row in json.loads(
+        (out / "alpaca_eval/model_outputs.json").read_text())], "arena": [
+        (row["messages"][1]["content"]["answer"], row["with_thinking"]) for row in arena_rows(out)]}
+    for written in rows.values():
+        assert {*written} == {("a", "<think>x</think> a"), ("", "<think>x")}
+    assert [said.split()[-2:] for said in capsys.readouterr().out.splitlines() if " answers, " in said] == [
+        ["2", "empty"], ["4", "empty"]]
+
+
+def test_a_question_that_the_template_refuses(world, data, capsys, monkeypatch):
+    monkeypatch.setattr(save, "encode_chats", lambda *_: 1 / 0)
+    assert "--bench alpaca_eval question 0: the chat template of " in refusal(capsys, world, data)
 
 
 def test_a_question_that_does_not_fit(world, data, capsys):
@@ -124,7 +157,12 @@ def test_alpaca_eval_gets_its_file_and_names_its_command(world, data, capsys):
     assert all(set(row) == {"dataset", "instruction", "output", "generator"} for row in outputs)
     assert {row["generator"] for row in outputs} == {"mine"}
     said = capsys.readouterr().out
-    assert f"alpaca_eval --model_outputs '{out}/alpaca_eval/model_outputs.json'" in said
+    official, paper = [line for line in said.splitlines() if line.startswith("  alpaca_eval ")]
+    for command in (official, paper):
+        assert f"alpaca_eval --model_outputs '{out}/alpaca_eval/model_outputs.json'" in command
+    assert official.endswith("--annotators_config weighted_alpaca_eval_gpt4_turbo")
+    assert paper.endswith("--annotators_config JUDGE --reference_outputs FILE")
+    assert "with model_name: gpt-4.1-mini-2025-04-14, FILE such a file of answers of gpt-5.2-2025-12-11" in said
 
 
 def test_arena_hard_gets_its_file_and_names_its_commands(world, data, capsys, monkeypatch):
@@ -137,7 +175,8 @@ def test_arena_hard_gets_its_file_and_names_its_commands(world, data, capsys, mo
     assert {row["model"] for row in rows} == {"mine"} and len({row["ans_id"] for row in rows}) == 8
     for row in rows:
         assert row["metadata"]["token_len"] == len(row["messages"][-1]["content"]["answer"].split())
-    assert "model_list: [mine]" in said and "python gen_judgment.py" in said and "python show_result.py" in said
+    assert "model_list: [mine]" in said and "python gen_judgment.py" in said and "--judge-names gpt-4.1\n" in said
+    assert "--judge-names gpt-4.1-mini-2025-04-14\n" in said and "judge_model: gpt-4.1-mini-2025-04-14 in" in said
     assert f"cp '{out}/arena_hard/model_answer/mine.jsonl' data/arena-hard-v2.0/model_answer/" in said
     monkeypatch.setitem(sys.modules, "tiktoken", None)  # not installed
     assert all("metadata" not in row for row in arena_rows(run(world, data)))
