@@ -1,6 +1,6 @@
 """SAVE: a reward model (RM) that improves itself while it trains a policy (arXiv 2605.30888).
 
-    bash run.sh                                          # laptop: a small world, the whole pipeline
+    bash run.sh                                          # a laptop, a small world
     python save.py --policy DIR --rm DIR --prompts FILE  # one process, your models and prompts
     torchrun --nproc-per-node 4 save.py                  # the paper's main run
 
@@ -31,6 +31,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -38,7 +39,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or DDP warns at each step
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -98,7 +99,7 @@ class Config:
 
     def checked(self):
         """Refuse what cannot work, replace "auto" and none by what is used."""
-        least = {"group": 2, "batch": 1, "num_minibatches": 1, "value_k": 1, "max_new_tokens": 1, "temperature": 1e-3}
+        least = {"group": 2, "batch": 1, "num_minibatches": 1, "max_new_tokens": 1, "temperature": 1e-3}
         for name, x in vars(self).items():
             low, high = least.get(name, 0), 1 if name in ("m0", "top_p") else 1e15
             expect(not isinstance(x, int | float) or low <= x <= high, f"--{name} {x}: expected {low} to {high:g}")
@@ -255,10 +256,10 @@ class Batch:
     """Responses of a step: tensors (P,G) of all ranks, lists of this rank's rows."""
     prompts: list  # (messages, policy ids)
     texts: list  # responses
-    chats: list  # (ids, prompt_length) of prompt and response in the RM's tokens
+    chats: list  # (ids, prompt_length) in the RM's tokens
     sequences: list  # the same in the policy's
     lengths: torch.Tensor  # (P,G) response tokens
-    ended: torch.Tensor  # (P,G) bool: by EOS; truncated ones do not train the RM
+    ended: torch.Tensor  # (P,G) bool: by EOS; others do not train the RM
     rewards: torch.Tensor = None  # (P,G)
     features: torch.Tensor = None  # (P,H) at the end of the prompt, for V
 
@@ -425,7 +426,7 @@ def train(run, rows, heldout, saved):
         optimizers["value"], rm.has_value_head = ShardedAdamW(rm.value_head, cfg.lr_value, cfg), True
     if saving:
         each_step(run, "save", rows, heldout, saved)
-    if cfg.stage == "value":  # all but the head as before --dtype rounded it
+    if cfg.stage == "value":  # all but the head as it came
         rm.model = RewardModel.from_pretrained(cfg.rm).model if RANK == 0 else rm.model
     if "rm" in optimizers:
         rm.model.float()
@@ -503,7 +504,7 @@ def each_step(run, stage, rows, heldout, saved):
         if stopping or run.step == run.step // max(cfg.save_every, 1) * cfg.save_every:
             save_checkpoint(run)
         if stopping:
-            say(f"stopped by a signal after step {run.step}: --resume goes on")
+            say(f"stopped after step {run.step}: --resume goes on")
             sys.exit(0)
 
 def heldout_accuracy(run, heldout):
@@ -519,11 +520,13 @@ def load(kind, path, device):
     """A model in its own precision, without dropout, and its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # none of its code is run
     with open(f"/tmp/save_{os.getuid()}", "w") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)  # by turns: host memory holds the weights once
+        fcntl.flock(turn, fcntl.LOCK_EX)  # by turns: host memory holds one
         model, info = kind.from_pretrained(path, dtype="auto", output_loading_info=True, trust_remote_code=False)
         model = model.eval().to(device)
     expect(not info["missing_keys"], f"it lacks {sorted(info['missing_keys'])[:3]}")
-    for module in map(vars, model.modules()):  # two passes over a row must give the same
+    with tempfile.TemporaryDirectory() as folder:  # or it fails when all is done
+        model.save_pretrained(folder, state_dict={})
+    for module in map(vars, model.modules()):  # two passes must be equal
         rates = [name for name, x in module.items() if isinstance(x, float) and re.search("drop|jitter|^p$", name)]
         module.update(dict.fromkeys(rates, 0.0))
     model.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
@@ -617,8 +620,8 @@ class Policy(nn.Module):
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(log_probs)), mask
 
 def dithered(target, source, name):
-    """Copy; in bf16 every change shows, and what lies on its grid stays: add 16 random bits, fixed by the name, and cut
-    16. To nearest, changes below half a step do not show: at lr 1e-7 all."""
+    """Copy. In bf16 every change shows, what lies on its grid stays: add 16 random bits, fixed by the name, cut 16.
+    To nearest, changes below half a step are hidden: all at lr 1e-7."""
     numbers = torch.Generator(target.device).manual_seed(seed_for(name))
     for to, x in zip(target.view(-1).split(2 ** 24), source.view(-1).split(2 ** 24)):  # 64 MB of bits
         x = x.to(target.device, torch.float32)
@@ -633,7 +636,7 @@ def to_working_copy(module, cfg):
     for name, p in module.model.named_parameters():
         dtype = torch.float32 if name == "score.weight" else getattr(torch, cfg.dtype)
         p.data = dithered(torch.empty_like(p, dtype=dtype, device=cfg.device), p.data, name)
-    if cfg.device != "cpu":  # recompute activations in the backward pass
+    if cfg.device != "cpu":  # recompute activations
         module.model.gradient_checkpointing_enable({"use_reentrant": False})
     return module.to(cfg.device)
 
@@ -751,7 +754,7 @@ def start_ranks(device):
     """Join the ranks that torchrun started."""
     if device != "cpu":
         torch.cuda.set_device(device)
-    if WORLD > 1 and not dist.is_initialized():  # one may decode much longer than another
+    if WORLD > 1 and not dist.is_initialized():  # one may decode longer
         dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=datetime.timedelta(hours=2))
 
 def together(work):
@@ -797,7 +800,7 @@ def train_on(run, name, batches, micro_loss):
     model, sums, weight = getattr(run, name), [], bool(batches)
     with run.log.time(f"{name}_update"):
         wrapped = model.train()  # or activations are kept
-        if WORLD > 1:  # gradients that exist become views of DDP's buckets
+        if WORLD > 1:  # its buckets become these gradients
             for p in filter(lambda p: p.requires_grad, model.parameters()):
                 p.grad = torch.zeros_like(p)
             cap = {"bucket_cap_mb_list": [25]} if torch.__version__ >= "2.13" else {}  # or one for all
@@ -845,10 +848,11 @@ def read_rows(source, flag):
             rows = map(json.loads, file) if kind == ".jsonl" else json.load(file)
             expect(not isinstance(rows, dict | str), "a list of rows")
         else:
-            from datasets import load_dataset
+            import datasets
+            datasets.disable_progress_bars() if NO_BAR or not sys.stderr.isatty() else 0
             name, _, split = source.partition(":")
             name, file = ("parquet", source) if kind == ".parquet" else (name, None)
-            rows = load_dataset(name, data_files=file, split=split or "train")
+            rows = datasets.load_dataset(name, data_files=file, split=split or "train")
         for number, row in enumerate(rows, 1):
             yield f"--{flag} {source} row {number}", row
     except Exception as error:
@@ -997,7 +1001,7 @@ class Log:
         self.cfg, self.record = cfg, {}
         if RANK == 0:
             Path(cfg.out).mkdir(parents=True, exist_ok=True)
-            for i, name in enumerate(Log.files):  # the steps after the checkpoint come again
+            for i, name in enumerate(Log.files):  # later steps come again
                 with open(Path(cfg.out, name), "a") as file:
                     file.truncate(min(file.tell(), saved[0]["logs"][i] if saved else 0))
         self.append("metrics.jsonl", {"config": asdict(cfg), "world": WORLD, "torch": torch.__version__,
