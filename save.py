@@ -99,7 +99,8 @@ class Config:
 
     def checked(self):
         """Refuse what cannot work, replace "auto" and none by what is used."""
-        least = {"group": 2, "batch": 1, "num_minibatches": 1, "max_new_tokens": 1, "temperature": 1e-3}
+        least = dict.fromkeys("batch num_minibatches max_new_tokens value_k value_batch".split(), 1)
+        least |= {"group": 2, "temperature": 1e-3, "top_p": 1e-3}
         for name, x in vars(self).items():
             low, high = least.get(name, 0), 1 if name in ("m0", "top_p") else 1e15
             expect(not isinstance(x, int | float) or low <= x <= high, f"--{name} {x}: expected {low} to {high:g}")
@@ -497,11 +498,11 @@ def each_step(run, stage, rows, heldout, saved):
         run.lr_scale = 1 - (cfg.lr_schedule == "linear") * (run.step - 1) / cfg.steps
         with run.log.time("step"):
             save_step(run, rows) if stage == "save" else preference_step(run, rows)
-        if run.step in (cfg.steps, run.step // max(cfg.eval_every, 1) * cfg.eval_every):
+        if run.step == cfg.steps or cfg.eval_every and run.step % cfg.eval_every == 0:
             heldout_accuracy(run, heldout)
         run.log.write(run.step, stage)
         stopping = total(len(asked))[0] > 0  # a signal to one rank stops all
-        if stopping or run.step == run.step // max(cfg.save_every, 1) * cfg.save_every:
+        if stopping or cfg.save_every and run.step % cfg.save_every == 0:
             save_checkpoint(run)
         if stopping:
             say(f"stopped after step {run.step}: --resume goes on")
