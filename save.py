@@ -21,6 +21,7 @@ Forks: a loss is a row of RM_UPDATES, an advantage one of ALGORITHMS, a judge go
 import argparse
 import datetime
 import fcntl
+import functools
 import gzip
 import hashlib
 import inspect
@@ -195,7 +196,7 @@ RM_UPDATES = {
 # ---- 3. the maths of the policy: pure functions of tensors
 def grpo_advantages(rewards, keep):
     """(r - mean) / (std + 1e-4) of the kept rows of a group, 0 where not kept or alone. (P,G) -> (P,G).
-    fp64: the fp32 mean of equal numbers may differ from them."""
+    fp64: fp32 means of equal numbers differ from them."""
     dtype, rewards, count = rewards.dtype, rewards.double(), keep.sum(1, keepdim=True)
     centred = rewards - masked_mean(rewards, keep, 1)[:, None]
     variance = torch.where(keep, centred ** 2, 0).sum(1, keepdim=True) / (count - 1).clamp(min=1)
@@ -228,10 +229,10 @@ def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, al
     of_row = log_ratio.sum(1, keepdim=True)
     mean = of_row / mask.sum(1, keepdim=True).clamp(min=1)
     ratio = {"token": log_ratio, "mean": mean, "sum": of_row}[algo.ratio]
-    ratio = ratio.clamp(max=80).exp()  # inf times a zero advantage would be nan
+    ratio = ratio.clamp(max=80).exp()  # inf times 0 would be nan
     advantages = torch.where(mask, advantages[:, None] if advantages.dim() == 1 else advantages, 0)
     free, clipped = ratio * advantages, ratio.clamp(1 - algo.clip[0], 1 + algo.clip[1]) * advantages
-    # a masked 0 keeps what the padding holds out of exp
+    # keeps what the padding holds out of exp
     gap = torch.where(mask, at_least_fp32(ref_log_probs.detach()) - log_probs, 0)
     k3 = gap.exp() - gap - 1
     per_token = {"loss": kl_coef * k3, "reward": 0}[algo.kl] - torch.minimum(free, clipped)
@@ -397,7 +398,7 @@ def policy_step(run, batch, keep):
             reference = response_log_probs(run, batch, every)
             optimizer.publish(optimizer.masters)
     advantages = policy_advantages(run, batch, trained, old, reference)
-    old = old if cfg.num_minibatches > 1 else None  # a single update: the ratio is exactly 1
+    old = old if cfg.num_minibatches > 1 else None  # or the ratio is exactly 1
     def micro_loss(model, rows):
         log_probs, mask = model(*model_inputs([batch.sequences[row] for row in rows], cfg.device), cfg.temperature)
         width, share = log_probs.shape[1], len(rows) / count
@@ -407,7 +408,7 @@ def policy_step(run, batch, keep):
         return loss * share, [x * share for x in (loss, stats["kl"], stats["clipped"])]
     sums = []
     for part, micro in zip(trained.chunk(cfg.num_minibatches), batches):
-        count = part.sum().item()  # rows of this minibatch on all ranks
+        count = part.sum().item()  # of all ranks
         sums += [train_on(run, "policy", micro, micro_loss)] if count else []
     loss, kl, clipped = (sum(column) / len(sums) for column in zip(*sums))
     run.log.put(policy_loss=loss, kl=kl, clipped=clipped, survivors=trained.float().mean())
@@ -514,12 +515,12 @@ def heldout_accuracy(run, heldout):
         rewards, _ = score(run.rm, [side for pair in mine(pairs) for side in pair], run.cfg.micro_tokens)
         accuracy = 100 * total((rewards[0::2] > rewards[1::2]).sum())[0] / len(pairs)
         run.log.put(**{f"accuracy_{name}": accuracy})
-        say(f"  accuracy on {name}: {accuracy:.2f} % of {len(pairs)} pairs")
+        say(f"  accuracy on {name}: {accuracy:.2f} %")
 
 # ---- 6. the two models
 def load(kind, path, device):
     """A model in its own precision, without dropout, and its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # none of its code is run
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     with open(f"/tmp/save_{os.getuid()}", "w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)  # by turns: host memory holds one
         model, info = kind.from_pretrained(path, dtype="auto", output_loading_info=True, trust_remote_code=False)
@@ -541,15 +542,15 @@ class RewardModel(nn.Module):
         self.model.score.float()
         [(chat, start)] = encode_responses(tokenizer, [{"role": "user", "content": "a"}], ["b"])
         expect(len(chat) > start, "its chat template leaves out the response")
-        # stock pooling reads the last token but for pad ids: neither text nor the end of a chat
+        # stock pooling skips the pad at the end: it is no text
         config, rows = model.config.get_text_config(), model.get_input_embeddings().num_embeddings
         special = [i for i, x in tokenizer.added_tokens_decoder.items() if x.special and chat[-1] != i < rows]
         pads = sorted(special, key=lambda i: (i != tokenizer.pad_token_id, i != config.pad_token_id, i in chat))
-        config.pad_token_id = tokenizer.pad_token_id = expect(pads, "its tokenizer needs a pad_token")[0]
+        config.pad_token_id = tokenizer.pad_token_id = expect(pads, "it needs a pad_token")[0]
         self.value_head = nn.Linear(model.score.in_features, 1)
         zeros = {name: p * 0 for name, p in self.value_head.state_dict().items()}
         self.value_head.load_state_dict(value_head or zeros)
-        self._ddp_params_and_buffers_to_ignore = ["value_head.weight", "value_head.bias"]  # V has a step of its own
+        self._ddp_params_and_buffers_to_ignore = ["value_head.weight", "value_head.bias"]  # V has its own step
 
     @classmethod
     def from_pretrained(cls, path, device="cpu"):
@@ -622,8 +623,8 @@ class Policy(nn.Module):
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(log_probs)), mask
 
 def dithered(target, source, name):
-    """Copy. In bf16 every change shows, what lies on its grid stays: add 16 random bits, fixed by the name, cut 16.
-    To nearest, changes below half a step are hidden: all at lr 1e-7."""
+    """Copy. In bf16 every change shows, its own grid stays: add 16 random bits, fixed by the name, and cut 16. To
+    nearest, changes below half a step hide: all at lr 1e-7."""
     numbers = torch.Generator(target.device).manual_seed(seed_for(name))
     for to, x in zip(target.view(-1).split(2 ** 24), source.view(-1).split(2 ** 24)):  # 64 MB of bits
         x = x.to(target.device, torch.float32)
@@ -634,7 +635,7 @@ def dithered(target, source, name):
     return target
 
 def to_working_copy(module, cfg):
-    """To --dtype, but for the reward head and buffers; masters are taken before."""
+    """To --dtype, but for the reward head and buffers."""
     for name, p in module.model.named_parameters():
         dtype = torch.float32 if name == "score.weight" else getattr(torch, cfg.dtype)
         p.data = dithered(torch.empty_like(p, dtype=dtype, device=cfg.device), p.data, name)
@@ -654,7 +655,7 @@ def sample_tokens(logits, uniforms, temperature, top_p, top_k):
     probs = torch.where(probs.cumsum(-1) - probs < top_p, probs, 0)
     cumulative = probs.cumsum(-1)
     uniforms = uniforms[:, None].double() * cumulative[:, -1:]
-    return ids.gather(1, torch.searchsorted(cumulative, uniforms, right=True))[:, 0]
+    return ids.gather(1, torch.searchsorted(cumulative, uniforms, right=True).clamp(max=ids.shape[1] - 1))[:, 0]
 
 @torch.no_grad()
 def rollout(policy, prompt_ids, group, seeds, *, max_new_tokens, temperature, top_p, top_k, cache_tokens=0):
@@ -697,7 +698,7 @@ def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
         tokens[rows, t] = torch.where(ended[rows], -1, token)
         ended[rows] |= torch.isin(token, stop_ids)
         running = (~ended[rows]).nonzero()[:, 0]
-        if len(running) == 0:
+        if not len(running):
             break
         if len(running) <= len(rows) * 7 // 8:  # it copies the cache
             cache.reorder_cache(running)
@@ -803,8 +804,8 @@ def train_on(run, name, batches, micro_loss):
     with run.log.time(f"{name}_update"):
         wrapped = model.train()  # or activations are kept
         if WORLD > 1:  # its buckets become these gradients
-            for p in filter(lambda p: p.requires_grad, model.parameters()):
-                p.grad = torch.zeros_like(p)
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
             cap = {"bucket_cap_mb_list": [25]} if torch.__version__ >= "2.13" else {}  # or one for all
             knobs = {"init_sync": False, "gradient_as_bucket_view": True, "find_unused_parameters": True, **cap}
             wrapped = nn.parallel.DistributedDataParallel(model, **knobs)
@@ -813,7 +814,7 @@ def train_on(run, name, batches, micro_loss):
             loss, numbers = micro_loss(wrapped, rows)
             (loss * weight * WORLD).backward()  # DDP averages over ranks
             sums.append([number.detach() * weight for number in numbers])
-        del wrapped, loss, numbers  # and with them the buckets
+        del wrapped, loss, numbers  # and the buckets
         model.eval()
         sums = total(*map(sum, zip(*sums)))
         run.log.put(**{f"{name}_grad_norm": run.optimizers[name].step(run.lr_scale)})
@@ -821,13 +822,15 @@ def train_on(run, name, batches, micro_loss):
 
 # ---- 10. text and data
 def encode_chats(tokenizer, chats, generation_prompt=False):
-    """Lists of messages -> lists of token ids, with one BOS if the tokenizer wants one."""
+    """Chats -> lists of token ids, with one BOS if the tokenizer wants one."""
     special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
     pattern = re.compile("|".join(special) or "(?!)")  # in messages a space makes them text
-    chats = [[{key: pattern.sub(lambda m: m[0][0] + " " + m[0][1:], text) for key, text in message.items()}
-              for message in chat] for chat in chats]
-    dates = {"date_string": "26 Jul 2024", "strftime_now": datetime.datetime(2024, 7, 26).strftime}  # not today's
-    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=generation_prompt, **dates)
+    plain = functools.partial(pattern.sub, lambda m: m[0][0] + " " + m[0][1:])
+    chats = [[{"role": plain(x["role"]), "content": plain(x["content"])} for x in chat] for chat in chats]
+    date, template = datetime.datetime(2024, 7, 26), tokenizer.get_chat_template()  # not now
+    template = re.sub(r"strftime_now\(['\"](.*?)['\"]\)", lambda m: repr(date.strftime(m[1])), template)
+    knobs = {"add_generation_prompt": generation_prompt, "date_string": "26 Jul 2024", "tokenize": False}
+    texts = tokenizer.apply_chat_template(chats, chat_template=template, **knobs)
     texts = [text.encode("utf-8", "replace").decode() for text in texts]
     rows, bos = tokenizer(texts, add_special_tokens=False)["input_ids"], [tokenizer.bos_token_id]
     wants_bos = tokenizer("")["input_ids"][:1] == bos
@@ -872,7 +875,7 @@ def used_rows(source, flag, use):
 
 def as_messages(value, where, role="user"):
     """A chat from a string or from a list of {"role", "content"}."""
-    with blamed(f'{where}: expected text or a list of {{"role", "content"}} messages, got {repr(value)[:80]}'):
+    with blamed(f'{where}: expected text or {{"role", "content"}} messages, got {repr(value)[:80]}'):
         chat = [{"role": role, "content": value}] if isinstance(value, str) and value.strip() else value
         others = {key for message in chat for key in message if message[key]} - {"role", "content"}
         expect(not others, f"{others} would be lost")
@@ -1077,7 +1080,7 @@ def prepare(cfg):
     """Load and check all, write nothing -> Run, rows, held-out pairs, checkpoint."""
     preference, saving, row = cfg.stage == "preference", cfg.stage in ("", "save"), RM_UPDATES[cfg.rm_update]
     models = [Path(path).resolve() for path in (cfg.rm, cfg.policy)]
-    results = [Path(cfg.out, name).resolve() for name in ("rm", "policy", *Log.files)]
+    results = [Path(cfg.out, name).resolve() for name in ("rm", "policy", "checkpoints", *Log.files)]
     taken = any(path in models or path.exists() and not cfg.resume for path in results) or Path(cfg.out).is_file()
     expect(cfg.out and not taken, f"--out {cfg.out}: expected a new folder, or --resume")
     rm = RewardModel.from_pretrained(cfg.rm, cfg.device)
@@ -1114,12 +1117,11 @@ def main(argv=None, kind=Config):
         start_ranks(cfg.device)
         prepared = together(lambda: prepare(cfg))
         train(*prepared)
-    except (UsageError, KeyboardInterrupt, FloatingPointError, OSError, safetensors.SafetensorError,
-            torch.OutOfMemoryError) as error:
+    except (UsageError, KeyboardInterrupt, FloatingPointError, OSError, torch.OutOfMemoryError) as error:
         hint = "lower --micro_tokens, --cache_tokens, --max_new_tokens or --offload: "
         line = hint * isinstance(error, torch.OutOfMemoryError) + (str(error) or "stopped by Ctrl-C")
         line = f"rank {RANK}: " * bool(prepared) + " ".join(line.split())[:400]
-        if RANK == 0 or prepared:  # before that all refuse the same
+        if RANK == 0 or prepared or not isinstance(error, UsageError):
             print("save.py: error:", line, file=sys.stderr, flush=True)
         code = {UsageError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
         os._exit(code) if WORLD > 1 else sys.exit(code)  # others may wait

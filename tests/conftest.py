@@ -1,6 +1,7 @@
 """Put the repository root (save.py) and this folder (toy.py) on the path; keep the hub out of the tests."""
 import os
 import pathlib
+import signal
 import sys
 import threading
 
@@ -13,8 +14,14 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 torch.set_num_threads(1)  # models this small are slower on two
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 tqdm.set_lock(threading.RLock())  # its own is shared with forked processes: one that is killed would block all
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """Those that a process starts with: save.py replaces them for good."""
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):

@@ -18,7 +18,6 @@ STYLES = {  # a line of its own for each: they survive greyscale
     "centred": {"color": "#d1495b", "ls": ":", "lw": 2}, "SAVE": {"color": "black", "ls": "-", "lw": 2}}
 WORLDS = {"few": "few labels, right or wrong", "graded": "graded quality"}
 
-
 def band(axes, name, x, runs):
     """The mean of `runs`, equally long lists of numbers, and a band of one standard error."""
     means = [statistics.mean(column) for column in zip(*runs)]
@@ -26,7 +25,6 @@ def band(axes, name, x, runs):
     axes.plot(x, means, label=name, **{"lw": 1.4, **STYLES[name]})
     axes.fill_between(x, [m - e for m, e in zip(means, errors)], [m + e for m, e in zip(means, errors)],
                       color=STYLES[name]["color"], alpha=0.15, lw=0)
-
 
 def draw(plt, results):
     """A row of two panels for each of WORLDS."""
@@ -48,7 +46,6 @@ def draw(plt, results):
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     return figure
 
-
 def main(argv=None):
     """Read results.jsonl, write the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,7 +64,6 @@ def main(argv=None):
     Path(args.out).mkdir(parents=True, exist_ok=True)
     draw(plt, read_results(results)).savefig(Path(args.out, "laptop.png"), dpi=110)
     print(Path(args.out, "laptop.png"))
-
 
 if __name__ == "__main__":
     main()

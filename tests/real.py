@@ -35,12 +35,10 @@ QUICK = {  # pairs and prompts that two cores can afford; the suffix makes answe
     "save": "--steps 30 --batch 4 --group 4 --max_new_tokens 64 --lr_rm 1e-5 --value_prompts 64 "
             "--value_k 4 --value_batch 16 --value_lr 2e-3 --value_epochs 15 --lr_value 1e-3 --micro_tokens 1024"}
 
-
 def call(script, *words):
     """Run a script of the repository in this environment."""
     print("$", script, *words, flush=True)
     subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], check=True)
-
 
 def pairs(args, size, name, limit):
     """The pairs of at most size["tokens"] tokens, in a fixed random order, as out/NAME.jsonl."""
@@ -54,7 +52,6 @@ def pairs(args, size, name, limit):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:limit]))
     return path
 
-
 def asked(args, size, train):
     """The prompts of `train` that fit size["prompt"] tokens in the chat template, as out/prompts.jsonl."""
     tokenizer, path = AutoTokenizer.from_pretrained(args.model), Path(args.out, "prompts.jsonl")
@@ -64,7 +61,6 @@ def asked(args, size, train):
     path.write_text("".join(json.dumps(prompt) + "\n" for prompt in short))
     return path
 
-
 def scaled(rm, path, factor):
     """A copy of a reward model folder whose rewards are `factor` times as large: the same ranking, another spread."""
     model = AutoModelForSequenceClassification.from_pretrained(rm)
@@ -72,7 +68,6 @@ def scaled(rm, path, factor):
     model.save_pretrained(path)
     AutoTokenizer.from_pretrained(rm).save_pretrained(path)
     return path
-
 
 def main(argv=None):
     """Preference stage, value stage, the methods, eval.py."""
@@ -91,7 +86,10 @@ def main(argv=None):
     train, heldout = pairs(args, size, "train", size["pairs"]), pairs(args, size, "heldout", 10 ** 6)
     rm = args.rm or out / "preference" / "rm"
     if not Path(rm).is_dir():
-        call("save.py", "--stage", "preference", "--rm", args.model, "--pairs", train, "--heldout", heldout, "--out",
+        start = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=1)
+        start.save_pretrained(out / "start")
+        AutoTokenizer.from_pretrained(args.model).save_pretrained(out / "start")
+        call("save.py", "--stage", "preference", "--rm", out / "start", "--pairs", train, "--heldout", heldout, "--out",
              out / "preference", *size["preference"].split())
     if args.head != 1:
         rm = scaled(rm, out / "scaled", args.head)
@@ -107,7 +105,6 @@ def main(argv=None):
     trained = [out / method / "rm" for method in args.methods]
     call("eval.py", "--rm", out / "value" / "rm", *trained, "--bench", heldout, *size["bench"], "--data", args.data,
          "--out", out / "eval")
-
 
 if __name__ == "__main__":
     main()

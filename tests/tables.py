@@ -81,9 +81,8 @@ TABLES = {  # {table: {world: {row: flags}}}
 }
 MAINS = {"save.py": save.main, "tests/toy.py": toy.main, **{f"tests/forks/{fork.__name__}.py": fork.main for fork in (
     offline, prime, r2m, reinforce_pp)}}
-END = ("deflation", "reward_spread", "value_bias", "kept", "valid", "kl")  # of metrics.jsonl, kept with a run
+END = ("reward_spread", "value_bias", "kept", "valid", "kl")  # of metrics.jsonl, kept with a run
 BLOCK = 10  # steps that a point of the gold curve is the mean of
-
 
 def call(script, *words):
     """main() of one of our scripts in this process; its output goes to the file that error messages name."""
@@ -93,7 +92,6 @@ def call(script, *words):
             MAINS[script](list(map(str, words)))
         except SystemExit as stop:
             raise RuntimeError(f"{script} {' '.join(map(str, words))}: exit code {stop.code}, see {log}") from None
-
 
 def build(out, world, seed, heldout=()):
     """The folder of a world with a value head, DIR/value/rm. What `few` has of the same seed is taken from there.
@@ -112,20 +110,16 @@ def build(out, world, seed, heldout=()):
         call("save.py", "--stage", "value", "--rm", data / "rm", *common(data, world, seed), "--out", data / "value")
     return data
 
-
 def common(data, world, seed):
     """The flags of save.py on a world."""
     return ["--policy", data / "policy", "--prompts", data / "prompts.jsonl", "--seed", seed,
             *toy.laptop_flags(world), *EXTRA]
 
-
 EXTRA = []  # flags of the command line that are save.py's
-
 
 def slug(flags):
     """A folder name for the flags of a row: the same flags, the same folder."""
     return "_".join(re.sub(r"[^\w.+-]", "", flag.removeprefix("--")) for flag in flags) or "save"
-
 
 def run_row(data, world, seed, flags):
     """One row on one world and seed, kept in rows/SLUG/result.json: see `read_run`."""
@@ -148,17 +142,16 @@ def run_row(data, world, seed, flags):
                        if name in value}
     (out / "result.json").write_text(json.dumps(result))
 
-
 def perfect_label(task, run, batch):
     """(P,G) for save.label: inf for responses whose gold is at least their group's mean, -inf for the others."""
     asked = [messages[-1]["content"] for messages, _ in batch.prompts for _ in range(run.cfg.group)]
     golds = torch.tensor([toy.gold(*row, task) for row in zip(asked, batch.texts)]).view(-1, run.cfg.group)
     return torch.where(save.gather(golds >= golds.mean(1, keepdim=True)), math.inf, -math.inf)
 
-
 def read_run(out, task):
     """The logs of a run -> {"init", "after": accuracy by held-out set, in percent; "accuracy": {step: their mean};
-    "gold_curve": mean gold of the responses of each BLOCK steps; "end": numbers of the last step}."""
+    "gold_curve": mean gold of the responses of each BLOCK steps; "end": numbers of the last step, and deflation, the
+    product of all changes of the spread by updates of the RM}."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     accuracy = {row["step"]: {key.removeprefix("accuracy_heldout_"): x for key, x in row.items()
                               if key.startswith("accuracy_")} for row in records if "step" in row}
@@ -166,11 +159,13 @@ def read_run(out, task):
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()] \
         if (out / "samples.jsonl").is_file() else []
     golds = [(row["step"], toy.gold(row["prompt"][-1]["content"], row["response"], task)) for row in samples]
+    spread = [row["spread_after"] / row["reward_spread"] for row in records if row.get("reward_spread", 0)
+              and "spread_after" in row]
     return {"init": accuracy[0], "after": accuracy[max(accuracy)],
             "accuracy": {step: round(statistics.mean(row.values()), 3) for step, row in accuracy.items()},
             "gold_curve": [round(100 * x, 2) for x in blocks(golds)],
-            "end": {name: x for name, x in records[-1].items() if name in END}}
-
+            "end": {**{name: x for name, x in records[-1].items() if name in END},
+                    **({"deflation": math.prod(spread)} if spread else {})}}
 
 def blocks(points):
     """[(step, number)] -> the mean of each BLOCK steps."""
@@ -178,7 +173,6 @@ def blocks(points):
     for step, x in points:
         by_block.setdefault((step - 1) // BLOCK, []).append(float(x))
     return [statistics.mean(numbers) for _, numbers in sorted(by_block.items())]
-
 
 def one_seed(out, world, seed, rows, extra, heldout=()):
     """All rows of a world and seed, one after the other, in a process of its own."""
@@ -189,7 +183,6 @@ def one_seed(out, world, seed, rows, extra, heldout=()):
     data = build(out, world, seed, heldout)
     for flags in rows.values():
         run_row(data, world, seed, flags)
-
 
 def collect(out):
     """Every run under `out`: {world: {row: {seed: result}}}, in the order of TABLES."""
@@ -203,7 +196,6 @@ def collect(out):
                     runs.setdefault(world, {}).setdefault(name, {})[seed] = json.loads(file.read_text())
     return runs
 
-
 def read_results(file):
     """results.jsonl, a line a run -> {world: {row: {seed: result}}}."""
     runs = {}
@@ -211,12 +203,10 @@ def read_results(file):
         runs.setdefault(run["world"], {}).setdefault(run["row"], {})[run["seed"]] = run
     return runs
 
-
 def mean_and_error(values, sign="", digits=2):
     """"12.34 ±0.56", the standard error over seeds; `sign` "+" writes that of the mean."""
     error = f" ±{statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.{digits}f}{error}"
-
 
 def initial_accuracy(rows):
     """{seed: mean accuracy over the held-out sets of the world's RM} from its first row, the frozen RM if that was run.
@@ -229,11 +219,9 @@ def initial_accuracy(rows):
             accuracy.setdefault(seed, statistics.mean(run["init"].values()))
     return accuracy
 
-
 def gains_of(row, initial):
     """What each seed's run ends above the initial RM, mean accuracy over the held-out sets, in points."""
     return [statistics.mean(run["after"].values()) - initial[seed] for seed, run in row.items()]
-
 
 def table(runs, world, names):
     """Markdown lines: the rows of one world that have been run, each over its own seeds, which it names."""
@@ -258,14 +246,12 @@ def table(runs, world, names):
                      f"{f'{statistics.mean(spread):.2f}' if spread else ''} | {seeds} |")
     return lines
 
-
 CELLS = {  # the map of README.md
     "few": "few labels, spread 30: the laptop run",
     "spread_9": "few labels, spread 9", "spread_3": "few labels, spread 3",
     "pairs_300": "300 labels, spread 30", "pairs_1000": "1,000 labels", "pairs_4000": "4,000 labels",
     "graded": "graded quality, spread 1", "short": "few labels, of short prompts",
     "two_tasks": "few labels, of two of four tasks", "style": "few labels, of another style"}
-
 
 def overview(runs):
     """Markdown lines of README.md's map: the RM's gain and the policy's gold in each cell."""
@@ -284,7 +270,6 @@ def overview(runs):
             lines.append(f"| {CELLS[world]} | {' | '.join(cells)} |")
     return lines
 
-
 def shown(runs):
     """Markdown lines of the map, then of every world that has runs, its rows in the order of TABLES."""
     lines = [*overview(runs), ""]
@@ -292,7 +277,6 @@ def shown(runs):
         names = dict.fromkeys(name for rows in TABLES.values() for name in rows.get(world, ()))
         lines += [*table(runs[world], world, names), ""]
     return lines
-
 
 def write(out):
     """results.jsonl and results.md of every run under `out`."""
@@ -303,7 +287,6 @@ def write(out):
     os.replace(out / ".results.jsonl", out / "results.jsonl")
     (out / "results.md").write_text("\n".join(shown(runs)), encoding="utf-8")
     return runs
-
 
 def main(argv=None):
     """Every world and seed of a table in parallel, then all results so far."""
@@ -341,7 +324,6 @@ def main(argv=None):
             bar.update()
     runs = write(out)
     print("\n".join(line for world in worlds for line in table(runs[world], world, TABLES[args.table][world])))
-
 
 if __name__ == "__main__":
     main()

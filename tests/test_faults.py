@@ -1,16 +1,15 @@
 """What goes wrong in a night: kills, preemption, full disks, damaged files, bad values, odd responses."""
+import contextlib
 import json
 import math
 import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -52,7 +51,7 @@ def at_step(monkeypatch, number, do):
 
 def fails(error):
     """A function that raises it."""
-    def raises(*_):
+    def raises(*_, **__):
         raise error
     return raises
 
@@ -72,18 +71,18 @@ def names(out):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_well(world, straight, tmp_path, monkeypatch, capsys, number):
-    out, handlers = tmp_path / "out", [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)]
+    out = tmp_path / "out"
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: os.kill(os.getpid(), number))
         ends(capsys, 0, words(world, out))
     assert names(out) == ["step_000002", "step_000003"] and not (out / "rm").exists()
-    assert handlers == [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)]
     save.main(words(world, out))
     same_as(straight, out)
 
-def test_ctrl_c_before_the_steps_is_one_line(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(save, "value_stage", fails(KeyboardInterrupt()))
-    assert "Ctrl-C" in ends(capsys, 130, words(world, tmp_path / "out"))
+@pytest.mark.parametrize("where", ["prepare", "value_stage"])
+def test_ctrl_c_before_the_steps_is_one_line(world, tmp_path, monkeypatch, capsys, where):
+    monkeypatch.setattr(save, where, fails(KeyboardInterrupt()))
+    assert "stopped by Ctrl-C" in ends(capsys, 130, words(world, tmp_path / "out"))
 
 def test_a_broken_run_resumes_to_the_same_bits(world, straight, tmp_path, monkeypatch):
     """It broke in step 5, after checkpoint 4: what the logs held of step 5 comes again."""
@@ -95,17 +94,25 @@ def test_a_broken_run_resumes_to_the_same_bits(world, straight, tmp_path, monkey
     save.main(words(world, tmp_path / "out"))
     same_as(straight, tmp_path / "out")
 
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     folder = tmp_path / "rm"
-    for text in ("old", "new"):
-        with save.replaced_folder(folder) as new:
-            (new / "deep").mkdir()
-            (new / "deep" / "file").write_text(text)
-            assert folder.exists() == (text == "new")
-        with pytest.raises(OSError), save.replaced_folder(folder) as new:
-            (new / "half").write_text("written")
-            raise OSError
-        assert [path.name for path in folder.iterdir()] == ["deep"] and (folder / "deep/file").read_text() == text
+
+    def write(text, harm=lambda: None):
+        with contextlib.suppress(OSError), save.replaced_folder(folder) as new:
+            (new / "file").write_text(text)
+            harm()
+
+    def texts():
+        return {path.read_text() for path in tmp_path.glob("*rm*/file")}
+    write("old")
+    write("half", fails(OSError()))
+    assert (folder / "file").read_text() == "old"
+    for module, name in ((shutil, "rmtree"), (os, "replace")):  # killed there: the old one or .rm.new is complete
+        with monkeypatch.context() as patch:
+            write("new", lambda: patch.setattr(module, name, fails(OSError())))
+        assert texts() in ({"old", "new"}, {"new"})
+    write("newer")  # and the next one finds its way
+    assert [path.name for path in tmp_path.iterdir()] == ["rm"] and texts() == {"newer"}
 
 def killed_at_random(world, out, kills, seed, **flags):
     """Start, SIGKILL after a random time, resume, ... until `kills` of them, then let it end. Returns their number."""
@@ -134,21 +141,6 @@ def test_twenty_kills(world, tmp_path):
     assert killed_at_random(world, tmp_path / "out", kills=20, seed=1, **flags) == 20
     same_as(tmp_path / "straight", tmp_path / "out")
 
-@pytest.mark.slow
-def test_a_rank_that_dies_is_reported_and_the_run_comes_back(world, straight, tmp_path):
-    """SIGKILL of rank 1 of 2 in step 5; torchrun starts both again and they go on from step 4."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "--max-restarts", "1", __file__, json.dumps(words(world, tmp_path / "out"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "PYTHONPATH": str(Path(save.__file__).parent)})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "save.py: error: rank 0: " in done.stderr
-    assert "another rank is lost, start again with --resume" in done.stderr
-    for file in MODELS:
-        ours, theirs = load_file(straight / file), load_file(tmp_path / "out" / file)
-        assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5, file
-    assert metrics(tmp_path / "out").keys() == metrics(straight).keys()
-
 # ---- disks ----------------------------------------------------------------------------------------------------------
 
 def test_a_full_disk_leaves_the_checkpoint_before(world, straight, tmp_path, monkeypatch, capsys):
@@ -159,10 +151,10 @@ def test_a_full_disk_leaves_the_checkpoint_before(world, straight, tmp_path, mon
     try:
         with monkeypatch.context() as patch:
             at_step(patch, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1])))
-            line = ends(capsys, 1, words(world, out))
+            line = ends(capsys, 2, words(world, out))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert line.startswith("save.py: error: rank 0: ")
+    assert line.startswith("save.py: error: rank 0: no checkpoint: ")
     assert [name for name in names(out) if name[0] != "."] == ["step_000002"]
     save.main(words(world, out))
     same_as(straight, out)
@@ -190,15 +182,6 @@ def bad_loss(monkeypatch, value):
     row = save.RM_UPDATES["save"]
     monkeypatch.setitem(save.RM_UPDATES, "save", row._replace(loss=lambda *inputs: row.loss(*inputs) * value))
 
-def bad_gradient(monkeypatch, value):
-    accumulate = save.accumulate
-
-    def spoiled(model, batches, micro_loss):
-        sums = accumulate(model, batches, micro_loss)
-        next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = value
-        return sums
-    monkeypatch.setattr(save, "accumulate", spoiled)
-
 def bad_weight(monkeypatch, value):
     decode = save.decode
 
@@ -208,8 +191,7 @@ def bad_weight(monkeypatch, value):
         return tokens
     monkeypatch.setattr(save, "decode", spoils)
 
-@pytest.mark.parametrize("spoil, value", [(bad_reward, -math.inf), (bad_loss, math.nan), (bad_gradient, math.inf),
-                                          (bad_weight, math.nan)])
+@pytest.mark.parametrize("spoil, value", [(bad_reward, -math.inf), (bad_loss, math.nan), (bad_weight, math.nan)])
 def test_a_bad_value_stops_the_run_before_an_optimizer_sees_it(world, tmp_path, monkeypatch, capsys, spoil, value):
     out, stepped, step = tmp_path / "out", [], save.ShardedAdamW.step
 
@@ -228,17 +210,21 @@ def test_out_of_memory_is_one_line_with_the_flags_to_lower(world, tmp_path, monk
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore")
     monkeypatch.setattr(save, "policy_step", fails(full))
     line = ends(capsys, 1, words(world, tmp_path / "out"))
-    assert "rank 0: CUDA out of memory" in line and "20.00 GiB" in line
+    assert "rank 0: " in line and "CUDA out of memory. Tried to allocate 20.00 GiB" in line
     assert all(flag in line for flag in ("--micro_tokens", "--cache_tokens", "--max_new_tokens", "--offload"))
 
 # ---- odd responses --------------------------------------------------------------------------------------------------
 
 def rigged(monkeypatch, respond):
     """Replace sampling: respond(row number, eos id) -> token ids and whether it ended."""
-    def rollout(policy, prompt_ids, group, seeds, **_):
+    def rollout(policy, prompt_ids, group, seeds, **knobs):
         rows = [respond(i, policy.eos_ids[0]) for i in range(len(prompt_ids) * group)]
         return [tokens for tokens, _ in rows], [ended for _, ended in rows]
-    monkeypatch.setattr(save, "rollout", rollout)
+
+    def trained(*inputs, train=save.train):  # after the policy was loaded and tried
+        monkeypatch.setattr(save, "rollout", rollout)
+        train(*inputs)
+    monkeypatch.setattr(save, "train", trained)
 
 @pytest.mark.parametrize("algo, respond, truncated, equal", [
     ("grpo", lambda i, eos: ([eos], True), 0, True),            # nothing but EOS
@@ -285,16 +271,3 @@ def test_two_thousand_steps_stay_as_they_were(world, tmp_path, monkeypatch):
     early, late = statistics.median(seconds[:200]), statistics.median(seconds[-200:])
     assert memory[-1] <= 1.05 * memory[200] and late <= 1.5 * early, (memory[200], memory[-1], early, late)
     assert names(out) == ["step_001900", "step_002000"] and len(list(out.rglob("*"))) < 40
-
-if __name__ == "__main__":  # what torchrun starts on each rank
-    signal.alarm(280)
-    torch.set_num_threads(1)
-    save_step = save.save_step
-
-    def dies_once(run, prompts):
-        if run.step == 5 and save.RANK == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            os.kill(os.getpid(), signal.SIGKILL)
-        save_step(run, prompts)
-
-    save.save_step = dies_once
-    save.main(json.loads(sys.argv[1]))

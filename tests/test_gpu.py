@@ -195,7 +195,15 @@ def weights_held_twice(old, optimizer, *inputs, **options):
 def test_an_injected_bug_is_found(world, tmp_path, monkeypatch, target, bug, said):
     owner, _, name = f"save.{target}".rpartition(".")
     owner = eval(owner)
-    monkeypatch.setattr(owner, name, lambda *inputs, old=getattr(owner, name), **options: bug(old, *inputs, **options))
+    old, train = getattr(owner, name), save.train
+
+    def put(work, *inputs):
+        monkeypatch.setattr(owner, name, lambda *inputs, **options: bug(old, *inputs, **options))
+        return work(*inputs)
+    if target == "sample_tokens":  # not yet when a policy is tried: there it would be a refusal
+        monkeypatch.setattr(save, "train", lambda *inputs: put(train, *inputs))
+    else:
+        put(lambda: None)
     with pytest.raises(AssertionError, match=said):
         on_gpu(world, tmp_path / "out")
 

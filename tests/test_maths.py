@@ -11,20 +11,16 @@ import save
 
 INF, NAN = float("inf"), float("nan")
 
-
 def f64(x):
     return x.detach().double() if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
-
 
 def bits(*rows):
     """bits("10", "01") is the boolean mask [[True, False], [False, True]]."""
     return torch.tensor([[c == "1" for c in row] for row in rows])
 
-
 def near(got, want, tol=1e-9):
     got, want = f64(got), f64(want)
     assert got.shape == want.shape and torch.allclose(got, want, rtol=tol, atol=tol), f"\n{got}\nis not\n{want}"
-
 
 def learn(f, *inputs):
     """The loss, then its gradient for every floating input: exact zeros where none flows. Every loss must have a graph,
@@ -37,11 +33,9 @@ def learn(f, *inputs):
     assert all(g.isfinite().all() for g in grads)
     return loss.detach(), *grads
 
-
 def numeric_gradient(f, x, eps=1e-6):
     steps = eps * torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape)
     return torch.stack([(f(x + e) - f(x - e)) / (2 * eps) for e in steps]).view(x.shape)
-
 
 def groups(seed, p=6, g=5, scale=2.0):
     """Rewards (P,G), values (P,) and a mask (P,G), as nested lists."""
@@ -49,7 +43,6 @@ def groups(seed, p=6, g=5, scale=2.0):
     rewards = [[rng.gauss(1.0, scale) for _ in range(g)] for _ in range(p)]
     values = [rng.gauss(1.0, scale / 2) for _ in range(p)]
     return rewards, values, [[rng.random() < 0.7 for _ in range(g)] for _ in range(p)]
-
 
 def split(rewards, values, mask, threshold=0.5):
     """Eq. 15-17 as loops."""
@@ -59,7 +52,6 @@ def split(rewards, values, mask, threshold=0.5):
     negative = [[k and a < 0 for a, k in row] for row in rows]
     return positive, negative, [any(p) and any(n) for p, n in zip(positive, negative)]
 
-
 # ---------------------------------------------------------------- curriculum, Eq. 14
 @pytest.mark.parametrize("m0, first_margin, opens", [(0.3, 0.612, 96), (0.5, 1.090, 160), (0.7, 1.722, 224)])
 def test_the_curriculum_starts_at_the_margin_and_opens_at_m0_times_T(m0, first_margin, opens):
@@ -68,17 +60,14 @@ def test_the_curriculum_starts_at_the_margin_and_opens_at_m0_times_T(m0, first_m
     assert mu[opens - 2] > 0.5 and all(m == 0.5 for m in mu[opens - 1:])  # p is capped at 1, so mu stays at 1/2
     assert all(a > b for a, b in zip(mu[:opens], mu[1:opens]))
 
-
 def test_the_curriculum_by_hand():
     for step, total, m0, mu in [(1, 320, 0.5, 0.7484375), (80, 320, 0.5, 0.625), (1, 10, 1.0, 0.95), (1, 10, 0.0, 0.5)]:
         assert save.curriculum_threshold(step, total, m0) == pytest.approx(mu, abs=1e-12)
-
 
 # ---------------------------------------------------------------- advantages and partition, Eq. 13, 15-17
 def test_rm_advantages_subtract_each_prompts_own_value():
     near(save.rm_advantages(f64([[3.0, 1.0], [0.5, -2.0]]), f64([2.0, -1.0])), [[1.0, -1.0], [1.5, -1.0]])
     near(save.rm_advantages(f64([[3.0, 1.0, 0.0]]), f64([2.0])), [[1.0, -1.0, -2.0]])
-
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("threshold", [0.5, 0.6, 0.7484375, 0.9])
@@ -90,7 +79,6 @@ def test_partition_is_the_papers_loop(threshold, masked):
     got = save.partition(a, threshold, torch.tensor(usable)) if masked else save.partition(a, threshold)
     assert [x.dtype for x in got] == [torch.bool] * 3 and [x.tolist() for x in got] == list(want)
 
-
 def test_an_advantage_on_the_boundary_is_kept_and_zero_counts_as_positive():
     positive, negative, valid = save.partition(torch.tensor([[0.0, -0.0, -1e-3]]), 0.5)
     assert positive.equal(bits("110")) and negative.equal(bits("001")) and valid.all()
@@ -98,14 +86,12 @@ def test_an_advantage_on_the_boundary_is_kept_and_zero_counts_as_positive():
     positive, negative, _ = save.partition(f64([[edge + 1e-6, edge - 1e-6, -edge - 1e-6, 1e-6 - edge]]), 0.7484375)
     assert positive.equal(bits("1000")) and negative.equal(bits("0010"))
 
-
 def test_table_7_both_answers_lie_above_the_anchor_so_save_does_not_pit_them_against_each_other():
     rewards, value = f64([[7.469, 7.719]]), f64([5.375])
     positive, negative, valid = save.partition(save.rm_advantages(rewards, value), 0.7484375)
     assert positive.all() and not negative.any() and not valid.any()
     loss, slope, _ = learn(save.contrastive_loss, rewards, value, positive, negative)
     assert loss == 0 and not slope.any()
-
 
 # ---------------------------------------------------------------- the contrastive loss, Eq. 18-20
 def contrastive_by_loop(rewards, values, positive, negative):
@@ -125,14 +111,12 @@ def contrastive_by_loop(rewards, values, positive, negative):
                     out[j] = math.exp(x) / s_down / count
     return loss, slope
 
-
 def test_contrastive_loss_by_hand():
     """e^V = 1, Y+ = {log 2, log 5}, Y- = {-log 4}: L+ = -(log 2/8 + log 5/8)/2, L- = -log 1/(1 + 1/4)."""
     r = f64([[math.log(2), math.log(5), -math.log(4), 9.0]])
     loss, slope, _ = learn(save.contrastive_loss, r, f64([0.0]), bits("1100"), bits("0010"))
     near(loss, -(math.log(2 / 8) + math.log(5 / 8)) / 2 + math.log(5 / 4))
     near(slope, [[2 / 8 - 1 / 2, 5 / 8 - 1 / 2, 1 / 5, 0.0]])  # the best answer is pushed down: L+ equalises Y+
-
 
 @pytest.mark.parametrize("seed", range(5))
 def test_contrastive_loss_and_gradient_are_the_papers(seed):
@@ -151,7 +135,6 @@ def test_contrastive_loss_and_gradient_are_the_papers(seed):
     assert (slope[~used] == 0).all() and (slope[used] != 0).all()
     assert (slope_v == 0).all()  # SG[V]
 
-
 def test_filtered_rows_and_one_sided_prompts_do_not_matter_however_large():
     pos, neg, s = bits("100", "110", "000", "000"), bits("010", "000", "011", "000"), 1 / (1 + math.e)
     r = torch.tensor([[1.0, -1.0, 1e30], [1e30, 3.0, -1e30], [1e30, 2.0, 1e30], [1e30, 1e30, 0.0]])
@@ -159,7 +142,6 @@ def test_filtered_rows_and_one_sided_prompts_do_not_matter_however_large():
     near(loss, 2 * math.log(1 + math.exp(-1)), 1e-6)
     near(slope[0, :2], [-s, s], 1e-6)
     assert (slope[1:] == 0).all() and slope[0, 2] == 0
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shift", [-1e4, 0.0, 1e4])
@@ -170,44 +152,6 @@ def test_contrastive_loss_survives_rewards_of_ten_thousand(dtype, shift):
         loss, slope, _ = learn(save.contrastive_loss, r, v, bits("10"), bits("01"))
         near(loss, want)
         near(slope, [want_slope])
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_loss_deflates(seed):
-    """k positives >= V and k' negatives < V: total upward force e^V/S+ <= 1/(1+k), total downward force S-/(e^V+S-)
-    < k'/(1+k'), L+ >= log k. Exact for one prompt; equality when every positive sits on the anchor."""
-    rng = random.Random(seed)
-    k, k_neg, v = rng.randint(1, 5), rng.randint(1, 5), rng.gauss(0, 3)
-    up, down = [v + rng.expovariate(1) for _ in range(k)], [v - 0.01 - rng.expovariate(1) for _ in range(k_neg)]
-    pos, neg = bits("1" * k + "0" * k_neg), bits("0" * k + "1" * k_neg)
-
-    def at(rewards):
-        return learn(save.contrastive_loss, f64([rewards]), f64([v]), pos, neg)
-
-    slope = at(up + down)[1][0]
-    up_force, down_force = -slope[:k].sum().item(), slope[k:].sum().item()
-    assert 0 < up_force <= 1 / (1 + k) and 0 < down_force < k_neg / (1 + k_neg)
-    assert up_force == pytest.approx(math.exp(v) / (math.exp(v) + sum(map(math.exp, up))), abs=1e-12)
-    assert -at([v] * k + down)[1][0, :k].sum().item() == pytest.approx(1 / (1 + k), abs=1e-12)
-    assert at(up + [v - 1e3] * k_neg)[0] >= math.log(k)  # L- is 0 there, so this is L+
-    assert at([v + 50] * k + [v - 1e3] * k_neg)[0].item() == pytest.approx(math.log(k), abs=1e-12)
-
-
-def test_contrastive_loss_sees_only_differences_and_no_order():
-    rewards, values, mask = groups(3, p=7)
-    r, v, (pos, neg, _) = f64(rewards), f64(values), map(torch.tensor, split(rewards, values, mask))
-    loss, slope, _ = learn(save.contrastive_loss, r, v, pos, neg)
-    shift = f64([3.0, -7.0, 0.5, 11.0, -2.0, 0.0, 1.0])
-    near(save.contrastive_loss(r + shift[:, None], v + shift, pos, neg), loss)
-    rows, cols = torch.tensor([4, 2, 0, 1, 6, 5, 3]), torch.tensor([3, 0, 4, 1, 2])
-
-    def mix(x):
-        return x[rows][:, cols]
-
-    mixed_loss, mixed_slope, _ = learn(save.contrastive_loss, mix(r), v[rows], mix(pos), mix(neg))
-    near(mixed_loss, loss)
-    near(mixed_slope, mix(slope))
-
 
 # ---------------------------------------------------------------- the value loss, Eq. 12 and 21
 def test_the_centred_loss_has_the_published_value_and_no_common_push():
@@ -222,7 +166,6 @@ def test_the_centred_loss_has_the_published_value_and_no_common_push():
     near(push.sum(1) * 2, [-1 / (1 + up) + down / (1 + down), 0])
     near(slope - push, [[-push[0].sum() / 4] * 4, [0] * 4])  # only the common part is gone
 
-
 def test_value_loss_by_hand():
     v, r = f64([1.0, -2.0]), f64([[2.0, 4.0, 3.0], [0.0, 0.0, -3.0]])
     loss, slope_v, slope_r = learn(save.value_loss, v, r)
@@ -236,7 +179,6 @@ def test_value_loss_by_hand():
     near(slope_v, [-2.0, 0.0, 2.0])
     assert slope_v[1] == 0 and (slope_r == 0).all()
 
-
 # ---------------------------------------------------------------- Bradley-Terry, Eq. 2 and 11
 def test_bradley_terry_by_hand():
     chosen, rejected = f64([2.0, math.log(3), 0.0]), f64([2.0, 0.0, math.log(3)])
@@ -249,9 +191,7 @@ def test_bradley_terry_by_hand():
     near(loss, 1e4)
     near(slope_chosen, [0.0, -0.5])
 
-
 NOTHING, SOME = bits("000", "000"), bits("110", "000")
-
 
 @pytest.mark.parametrize("loss", [lambda r, v: save.contrastive_loss(r, v, NOTHING, NOTHING),
                                   lambda r, v: save.contrastive_loss(r, v, SOME, NOTHING),
@@ -259,7 +199,6 @@ NOTHING, SOME = bits("000", "000"), bits("110", "000")
                                   lambda r, v: save.value_loss(v, r, NOTHING)])
 def test_with_nothing_to_learn_from_a_loss_is_zero_with_a_zero_gradient(loss):
     assert not any(x.any() for x in learn(loss, f64([[1.0, 2.0, 4.0], [3.0, 3.0, 5.0]]), f64([0.0, 5.0])))
-
 
 # ---------------------------------------------------------------- group advantages
 def advantages_by_loop(rewards, keep, algo):
@@ -274,7 +213,6 @@ def advantages_by_loop(rewards, keep, algo):
                 siblings = [x for k, x in enumerate(row) if kept[k] and k != j]
                 out[i][j] = r - sum(siblings) / len(siblings)
     return out
-
 
 @pytest.mark.parametrize("algo", ["grpo", "rloo"])
 @pytest.mark.parametrize("scale", [2.0, 1e-4])  # at 1e-4 the 1e-4 beside the std is half of the divisor
@@ -292,14 +230,6 @@ def test_group_advantages_are_the_loop_over_kept_rows(algo, scale):
     if algo == "rloo":
         near(f(r, r == r), 4 / 3 * (r - r.mean(1, keepdim=True)))  # G/(G-1) (r - mean)
 
-
-def test_group_advantages_by_hand():
-    rewards, keep = f64([[1, 2, 6, 50], [3, 1, 8, 8], [1, 2, 3, 4]]), bits("1110", "1100", "0010")
-    sd, pair = math.sqrt(7) + 1e-4, 1 / (math.sqrt(2) + 1e-4)  # 1, 2, 6: mean 3, squares 4 + 1 + 9 over n - 1 = 2
-    near(save.grpo_advantages(rewards, keep), [[-2 / sd, -1 / sd, 3 / sd, 0], [pair, -pair, 0, 0], [0] * 4])
-    near(save.rloo_advantages(rewards, keep), [[-3, -1.5, 4.5, 0], [2, -2, 0, 0], [0] * 4])
-
-
 @pytest.mark.parametrize("f", [save.grpo_advantages, save.rloo_advantages])
 @pytest.mark.parametrize("reward", [0.0, 5.375, 7.7, -0.1])
 def test_equal_rewards_give_exactly_zero(f, reward):
@@ -307,11 +237,11 @@ def test_equal_rewards_give_exactly_zero(f, reward):
         got = f(torch.full((1, 7), reward), torch.arange(7)[None] < kept)
         assert (got == 0).all(), f"{kept} rewards of {reward}: {got}"
 
-
 # ---------------------------------------------------------------- the policy loss
 ALGOS = [*save.ALGORITHMS]
-CLIP = {"clip_low": 0.2, "clip_high": 0.28}
-
+def algorithm(name):
+    """The row of that name, with a range that is not the same on both sides."""
+    return save.ALGORITHMS[name]._replace(clip=(0.2, 0.28))
 
 def policy_loss_by_loop(lp, old, ref, adv, mask, algo, kl_coef, clip_low=0.2, clip_high=0.28):
     rows = []
@@ -328,7 +258,6 @@ def policy_loss_by_loop(lp, old, ref, adv, mask, algo, kl_coef, clip_low=0.2, cl
             rows.append(total / len(tokens))
     return -sum(rows) / len(rows)
 
-
 def batch(seed=0, on_policy=False):
     """Six ragged rows: the ratio above, below and inside the clip, for either sign of the advantage; row 6 is empty."""
     rng = random.Random(seed)
@@ -338,16 +267,14 @@ def batch(seed=0, on_policy=False):
     ref = [[x + rng.uniform(-0.8, 0.8) for x in row] for row in lp]
     return lp, old, ref, [s * rng.uniform(0.5, 2) for s in sign], [[t < n for t in range(5)] for n in lengths]
 
-
 def policy(lp, old, ref, adv, mask, algo, kl_coef=0.04):
     """The loss and its gradient for log_probs; the old and the reference log-probs must have none."""
     def f(*inputs):
         masks = f64(adv), torch.as_tensor(mask)
-        return save.policy_loss(*inputs, *masks, algo=save.ALGORITHMS[algo], kl_coef=kl_coef, **CLIP)[0]
+        return save.policy_loss(*inputs, *masks, algo=algorithm(algo), kl_coef=kl_coef)[0]
     loss, slope, slope_old, slope_ref = learn(f, f64(lp), f64(old), f64(ref))
     assert (slope_old == 0).all() and (slope_ref == 0).all()
     return loss, slope
-
 
 @pytest.mark.parametrize("algo", ALGOS)
 @pytest.mark.parametrize("kl_coef", [0.0, 0.04, 2.0])
@@ -360,7 +287,6 @@ def test_policy_loss_and_gradient_are_the_loop(algo, kl_coef):
     if kl_coef == 0 or algo == "rloo":  # clipped rows, and only they, are left alone
         assert slope.any(1).tolist() == [False, True, True, True, False, True, False]
 
-
 @pytest.mark.parametrize("algo", ALGOS)
 def test_policy_loss_takes_an_advantage_per_token(algo):
     lp, old, ref, adv, mask = batch(1)
@@ -370,13 +296,11 @@ def test_policy_loss_takes_an_advantage_per_token(algo):
         adv = [[a * rng.uniform(-1, 2) for _ in range(5)] for a in adv]
         near(policy(lp, old, ref, adv, mask, algo)[0], policy_loss_by_loop(lp, old, ref, adv, mask, algo, 0.04))
 
-
 @pytest.mark.parametrize("algo", ALGOS)
 @pytest.mark.parametrize("ratio, adv, want", [(1.5, 1.0, -1.28), (1.5, -1.0, 1.5), (0.5, 1.0, -0.5), (0.5, -1.0, 0.8),
                                               (1.1, 2.0, -2.2), (0.9, -2.0, 1.8)])
 def test_the_clip_by_hand(algo, ratio, adv, want):
     near(policy([[math.log(ratio)]], [[0.0]], [[math.log(ratio)]], [adv], [[True]], algo)[0], want)
-
 
 @pytest.mark.parametrize("algo", ALGOS)
 def test_the_kl_by_hand(algo):
@@ -385,10 +309,9 @@ def test_the_kl_by_hand(algo):
     mask, k3 = [[True, True], [True, False]], (math.log(2) - 0.5) / 2 / 2
     near(policy(lp, lp, ref, [0.0, 0.0], mask, algo, kl_coef=0.4)[0], 0.0 if algo == "rloo" else 0.4 * k3)
     inputs = map(f64, (lp, [[-2.0, -2.0], [-1.0, -1.0]], ref, [1.0, 1.0]))  # e of the old on one token of one row
-    stats = save.policy_loss(*inputs, torch.tensor(mask), algo=save.ALGORITHMS[algo], kl_coef=0.0, **CLIP)[1]
+    stats = save.policy_loss(*inputs, torch.tensor(mask), algo=algorithm(algo), kl_coef=0.0)[1]
     near(stats["kl"], k3)
     near(stats["clipped"], 1 / 2 / 2 if algo == "grpo" else 1 / 2)  # a row's ratio is that of each of its tokens
-
 
 @pytest.mark.parametrize("algo", ALGOS)
 def test_the_first_step_is_the_policy_gradient(algo):
@@ -400,7 +323,6 @@ def test_the_first_step_is_the_policy_gradient(algo):
              for x, r, k in zip(xs, rs, m)] for xs, rs, a, m in zip(lp, ref, adv, mask)]
     near(policy(lp, old, ref, adv, mask, algo, kl_coef=0.5)[1], want)
 
-
 @pytest.mark.parametrize("algo", ALGOS)
 @pytest.mark.parametrize("garbage", [-INF, NAN, 1e30])
 def test_what_stands_under_the_mask_does_not_matter(algo, garbage):
@@ -411,45 +333,14 @@ def test_what_stands_under_the_mask_does_not_matter(algo, garbage):
         near(got, want)
     assert not any(x.any() for x in policy(*dirty, [[False] * 5] * 7, algo))  # no row at all: 0, gradient 0
 
-
 # ---------------------------------------------------------------- all of them
-def random_group(rng):
-    """Rewards (P,G), values (P,), usable (P,G) with ties, extremes, empty and one-sided groups."""
-    prompts, group, share = rng.randint(1, 5), rng.randint(2, 6), rng.choice([0.0, 0.3, 0.9, 1.0])
-    number = rng.choice([lambda: rng.gauss(0, 1), lambda: float(rng.randint(-1, 1)),
-                         lambda: rng.gauss(0, 1) * 10 ** rng.randint(-6, 4)])
-    rewards = torch.tensor([[number() for _ in range(group)] for _ in range(prompts)])
-    values = torch.tensor([rng.choice([number(), row.mean().item(), row[0].item()]) for row in rewards])
-    return rewards, values, torch.tensor([[rng.random() < share for _ in range(group)] for _ in range(prompts)])
-
-
-def test_random_groups_give_finite_numbers_and_zero_where_nothing_may_be_learnt():
-    for seed in range(200):
-        rng = random.Random(seed)
-        rewards, values, usable = random_group(rng)
-        threshold = save.curriculum_threshold(rng.randint(1, 9), 9, rng.random())
-        positive, negative, valid = save.partition(save.rm_advantages(rewards, values), threshold, usable)
-        keep = positive | negative
-        assert not (positive & negative).any() and not (keep & ~usable).any()
-        assert valid.equal(positive.any(1) & negative.any(1))
-        loss, slope, _ = learn(save.contrastive_loss, rewards, values, positive, negative, usable)
-        assert loss.isfinite() and not slope[~(keep & valid[:, None])].any() and (valid.any() or loss == 0)
-        loss, slope, _ = learn(save.value_loss, values, rewards, usable)
-        assert loss.isfinite() and not slope[~usable.any(1)].any()
-        alike = torch.tensor([len(set(r[k].tolist())) < 2 for r, k in zip(rewards, keep)])
-        for advantages in (save.grpo_advantages, save.rloo_advantages):
-            a = advantages(rewards, keep)
-            assert a.isfinite().all() and not a[~keep].any() and not a[alike].any()
-            assert (a.double().sum(1).abs() <= 1e-3 * (1 + a.abs().max())).all()
-
-
 def test_no_function_writes_into_its_inputs():
     rewards, values, mask = groups(9)
     r, v, keep, (pos, neg, _) = f64(rewards), f64(values), torch.tensor(mask), map(torch.tensor, split(*groups(9)))
     calls = [(save.rm_advantages, r, v), (save.partition, r, 0.7, keep), (save.bradley_terry_loss, r[:, 0], r[:, 1]),
              (save.contrastive_loss, r, v, pos, neg), (save.value_loss, v, r, keep),
              (save.grpo_advantages, r, keep), (save.rloo_advantages, r, keep)]
-    calls += [(lambda *x, a=a: save.policy_loss(*x, algo=a, kl_coef=0.04, **CLIP), *map(torch.tensor, batch()))
+    calls += [(lambda *x, a=a: save.policy_loss(*x, algo=a, kl_coef=0.04), *map(torch.tensor, batch()))
               for a in save.ALGORITHMS.values()]
     for f, *inputs in calls:
         before = [torch.as_tensor(x).clone() for x in inputs]

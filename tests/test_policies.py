@@ -12,7 +12,6 @@ import save
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-
 def write_questions(path):
     """A folder for --data: five instructions of AlpacaEval and eight questions in an Arena-Hard checkout's place."""
     prompts = [f"copy {' '.join('abcdefgh'[:i + 1])}" for i in range(8)]
@@ -24,11 +23,9 @@ def write_questions(path):
         for i, prompt in enumerate(prompts)])
     return path
 
-
 @pytest.fixture
 def data(tmp_path):
     return write_questions(tmp_path / "data")
-
 
 def run(world, data, *words):
     """eval.py on both benchmarks; words may override flags -> the folder with its files."""
@@ -38,11 +35,9 @@ def run(world, data, *words):
         "--max_new_tokens", 6, *words)])
     return out
 
-
 def arena_rows(out):
     lines = (out / "arena_hard/model_answer/mine.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
-
 
 def refusal(capsys, *words):
     capsys.readouterr()
@@ -52,7 +47,6 @@ def refusal(capsys, *words):
     errors = [line for line in lines if line.startswith("eval.py: error: ")]
     assert stop.value.code == 2 and len(errors) == 1 and not any("Traceback" in line for line in lines)
     return errors[0]
-
 
 # ---- answers --------------------------------------------------------------------------------------------------------
 def test_answers_are_the_rollouts_and_do_not_depend_on_the_batch(world, data):
@@ -67,7 +61,6 @@ def test_answers_are_the_rollouts_and_do_not_depend_on_the_batch(world, data):
         tokens, _ = save.rollout(policy, [ids], 1, [save.seed_for(0, "answer", row["uid"])], max_new_tokens=6,
                                  temperature=0.7, top_p=0.8, top_k=20)
         assert row["messages"][1]["content"]["answer"] == policy.tokenizer.decode(tokens[0], skip_special_tokens=True)
-
 
 def test_a_killed_run_goes_on_and_another_policy_starts_anew(world, data, monkeypatch):
     asked, rollout = [], save.rollout
@@ -90,7 +83,6 @@ def test_a_killed_run_goes_on_and_another_policy_starts_anew(world, data, monkey
     run(world, data, "--seed", 1)
     assert len(asked) == 26
 
-
 @pytest.mark.parametrize("text, answer", [
     ("a < b <think", "a < b <think"), ("", ""), (" a\n", " a\n"),        # no thinking: as it is
     ("<think>\nb\n</think>\n\na\n", "a"), ("b</think>a", "a"),          # its beginning may be in the prompt
@@ -98,7 +90,6 @@ def test_a_killed_run_goes_on_and_another_policy_starts_anew(world, data, monkey
     ("<think>b", ""), ("<think>b</think>c<think>d", "")])                 # cut while thinking: no answer yet
 def test_thinking_is_cut_out_of_the_answer_and_kept_beside_it(text, answer):
     assert evaluation.without_thinking(text) == (answer, {} if text == answer else {"with_thinking": text})
-
 
 @pytest.mark.parametrize("opened", [False, True])
 def test_the_judges_do_not_see_the_thinking(world, data, monkeypatch, capsys, opened):
@@ -118,16 +109,13 @@ def test_the_judges_do_not_see_the_thinking(world, data, monkeypatch, capsys, op
     assert [said.split()[-2:] for said in capsys.readouterr().out.splitlines() if " answers, " in said] == [
         ["2", "empty"], ["4", "empty"]]
 
-
 def test_a_question_that_the_template_refuses(world, data, capsys, monkeypatch):
     monkeypatch.setattr(save, "encode_chats", lambda *_: 1 / 0)
     assert "--bench alpaca_eval question 0: the chat template of " in refusal(capsys, world, data)
 
-
 def test_a_question_that_does_not_fit(world, data, capsys):
     line = refusal(capsys, world, data, "--max_new_tokens", 100000)
     assert "--max_new_tokens 100000" in line and "context" in line
-
 
 @pytest.mark.parametrize("file, text, said", [
     ("alpaca_eval.json", '[{"prompt": "a"}]', "row 1: expected a column instruction (str)"),
@@ -138,7 +126,6 @@ def test_questions_that_are_none(world, data, capsys, file, text, said):
     (data / file).unlink() if text is None else (data / file).write_text(text)
     assert said in refusal(capsys, world, data)
 
-
 def test_real_questions_in_their_order():
     if not SHARED.is_dir():
         pytest.skip("needs the real questions in ../shared/data")
@@ -146,7 +133,6 @@ def test_real_questions_in_their_order():
     alpaca, arena = (evaluation.read_questions(cfg, name) for name in ("alpaca_eval", "arena_hard"))
     assert len(alpaca) == 805 and alpaca["0"]["prompt"].startswith("What are the names of some famous actors")
     assert len(arena) == 750 and {row["category"] for row in arena.values()} == {"hard_prompt", "creative_writing"}
-
 
 # ---- the official files ---------------------------------------------------------------------------------------------
 def test_alpaca_eval_gets_its_file_and_names_its_command(world, data, capsys):
@@ -164,7 +150,6 @@ def test_alpaca_eval_gets_its_file_and_names_its_command(world, data, capsys):
     assert paper.endswith("--annotators_config JUDGE --reference_outputs FILE")
     assert "with model_name: gpt-4.1-mini-2025-04-14, FILE such a file of answers of gpt-5.2-2025-12-11" in said
 
-
 def test_arena_hard_gets_its_file_and_names_its_commands(world, data, capsys, monkeypatch):
     encoding = types.SimpleNamespace(encode=lambda text, disallowed_special: text.split())
     tiktoken = types.SimpleNamespace(encoding_for_model=lambda name: encoding if name == "gpt-4o" else None)
@@ -180,7 +165,6 @@ def test_arena_hard_gets_its_file_and_names_its_commands(world, data, capsys, mo
     assert f"cp '{out}/arena_hard/model_answer/mine.jsonl' data/arena-hard-v2.0/model_answer/" in said
     monkeypatch.setitem(sys.modules, "tiktoken", None)  # not installed
     assert all("metadata" not in row for row in arena_rows(run(world, data)))
-
 
 @pytest.mark.parametrize("text, counts", [  # h1, ordered, unordered, **, __: by hand from the official removal
     ("# T\n```py\n# no\n- no\n```\n* x\n1. y\n**b** __c__ ## no", (1, 1, 1, 1, 1)),

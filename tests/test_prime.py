@@ -49,11 +49,6 @@ def test_advantages_are_eq_5_written_as_loops(K, filler):
     same(got, want, 1e-12)
     assert not got[~mask].any() and not mask.all()
 
-def test_advantages_by_hand():
-    token_rewards, mask = padded([[[1.0, 3.0], [2.0]]], 0.0)  # both average 2, and each is the other's baseline
-    got = prime.prime_advantages(token_rewards, mask, torch.tensor([[1.0, 0.0]]))
-    assert got.tolist() == [[[(1 - 2) + (3 - 2) + 1, (3 - 2) + 1], [(2 - 2) - 1, 0]]]
-
 # ---------------------------------------------------------------- labels, filter, cross-entropy
 def test_labels_by_hand():
     rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [-1.0, -1.0, -1.0, 7.0], [2.0, 4.0, 3.0, 3.0]])  # means 3, 1, 3
@@ -105,26 +100,6 @@ def plain_rewards(beta, model, reference, batch):
     return [beta * (plain_log_probs(model, *row, 1.0) - plain_log_probs(reference, *row, 1.0).detach())
             for row in batch.sequences]
 
-def test_token_log_probs_are_those_of_both_models_at_temperature_1(tmp_path, monkeypatch):
-    run, batch, reference = make_prime(tmp_path, monkeypatch, micro_tokens=60)
-    before = weights(run.prm)
-    log_probs, initial, mask = prime.token_log_probs(run, batch.sequences)
-    assert run.cfg.temperature == 0.7 and mask.sum(1).tolist() == batch.lengths.flatten().tolist()
-    for i, row in enumerate(batch.sequences):
-        same(log_probs[i][mask[i]], plain_log_probs(run.prm.model, *row, 1.0).detach(), 1e-5)
-        same(initial[i][mask[i]], plain_log_probs(reference, *row, 1.0).detach(), 1e-5)
-    assert not log_probs[~mask].any() and not initial[~mask].any()
-    same(weights(run.prm), before)
-
-def test_at_the_start_implicit_rewards_are_zero_and_the_outcome_is_the_advantage(tmp_path, monkeypatch):
-    run, batch, _ = make_prime(tmp_path, monkeypatch, moved=False, micro_tokens=60)
-    log_probs, reference, mask = prime.token_log_probs(run, batch.sequences)
-    assert torch.equal(log_probs, reference) and log_probs.any()
-    labels = prime.outcome_labels(batch.rewards, "hard")
-    got = prime.prime_advantages((log_probs - reference).view(4, 4, -1), mask.view(4, 4, -1), labels)
-    everything = torch.ones_like(batch.ended)
-    same(got, save.rloo_advantages(labels, everything)[..., None] * mask.view(4, 4, -1), 1e-6)
-
 KEEP = torch.tensor([[True] * 4, [False] * 4, [True] * 4, [False, True, True, False]])
 KEPT = KEEP.flatten().nonzero()[:, 0].tolist()
 
@@ -165,7 +140,7 @@ def test_a_step_scores_then_trains_the_prm_then_the_policy(tmp_path, monkeypatch
     before = [weights(model) for model in (run.prm, run.policy, run.rm)]
     prime.learn(run, batch)
     assert torch.equal(seen["labels"], labels) and seen["keep"].tolist() == [[ok] * 4 for ok in valid]
-    assert not batch.usable.all()  # truncated responses train, too
+    assert not batch.ended.all()  # truncated responses train, too
     [(_, got)] = run.optimizers["policy"].seen
     same(got, want, 5e-5)
     moved = [changed(*pair) for pair in zip((run.prm, run.policy, run.rm), before)]
@@ -258,16 +233,14 @@ def test_bf16_keeps_the_prms_masters(world, tmp_path):
     ("--prime_labels loud", "hard"), ("--prime_beta -1", "-1"), ("", "2 ranks")])
 def test_what_prime_is_not_is_refused_in_one_line(world, tmp_path, capsys, monkeypatch, words, said):
     monkeypatch.setattr("test_runs.save", prime)  # whose main `refusal` calls
+    monkeypatch.setattr("os._exit", sys.exit)
     if not words:
         monkeypatch.setattr(save, "WORLD", 2)
     line = refusal(capsys, argv(world, tmp_path / "out") + words.split())
     assert words[:5] in line and said in line and not (tmp_path / "out").exists(), line
 
-def test_the_prm_starts_as_the_policy_with_its_own_learning_rate_and_clipping(world, tmp_path, monkeypatch):
-    runs = []
-    monkeypatch.setattr(prime.plain, "each_step", lambda run, *_: runs.append(run) or [])
-    prime.main(argv(world, tmp_path / "out"))
-    [run] = runs
+def test_the_prm_starts_as_the_policy_with_its_own_learning_rate_and_clipping(world, tmp_path):
+    run, *_ = prime.prepare(save.parse_config(argv(world, tmp_path / "out"), prime.Config).checked())
     same(weights(run.prm), weights(run.policy))
     assert run.prm.model is not run.policy.model
     settings = [(run.optimizers[name].lr, run.optimizers[name].max_norm) for name in ("prm", "policy")]

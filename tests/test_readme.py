@@ -25,7 +25,6 @@ SMALL = ("--steps 2 --batch 4 --group 8 --m0 0 --value_prompts 4 --value_k 2 --m
          "--max_prompt_tokens 32 --save_every 0 --device cpu --dtype float32").split()
 WORLD = "--policy policy --rm rm --prompts prompts.jsonl".split()
 
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The files that the README's commands name."""
@@ -38,34 +37,28 @@ def folder(tmp_path_factory):
     shutil.copy(path / "heldout_id.jsonl", path / "heldout.jsonl")
     return path
 
-
 def read(file):
     """The rows of a .jsonl file."""
     return [json.loads(line) for line in pathlib.Path(file).read_text().splitlines()]
 
-
 def test_the_readme_is_what_these_tests_look_for():
-    assert len(README.splitlines()) <= 220 and len(README.encode()) < 16_000
     assert len(COMMANDS) == 12 and len(SNIPPETS) == 1
     assert all(command.split()[0] in ("bash", "python", "torchrun") for command in COMMANDS), COMMANDS
-
 
 def test_names_in_the_readme_exist():
     """Flags, functions of the drawing and of the tables: none is left over from before."""
     flags = {"--" + name for name in save.Config.__dataclass_fields__}
-    known = flags | {"--nproc-per-node", "--max-restarts"} | set(re.findall(r"--\w+", " ".join(
+    known = flags | {"--nproc-per-node", "--ranks"} | set(re.findall(r"--\w+", " ".join(
         command for command in COMMANDS if "eval.py" in command))) | {"--max_length"}
     assert set(re.findall(r"--[a-z][\w-]+", README)) <= known
     for name in re.findall(r"`([a-zA-Z_]+)`", README.split("## From the paper")[1].split("## When something")[0]):
-        assert hasattr(save, name) or name in ("usable",), name
+        assert hasattr(save, name), name
     drawn = re.findall(r'(?:"|, | the )([a-z]+_[a-z_]+)', README.split("```mermaid")[1].split("```")[0])
     assert len(drawn) >= 5 and all(hasattr(save, name) for name in drawn), drawn
-
 
 def test_the_forks_in_the_readme_exist():
     files = re.findall(r"`(?:tests/forks/)?(\w+\.py)`", README.split("## From the paper")[1].split("## Where")[0])
     assert len(files) == 8 and [name for name in files if not (ROOT / "tests/forks" / name).is_file()] == []
-
 
 def test_commands_of_save(folder, monkeypatch):
     """In the README's order, so that later ones find what earlier ones wrote; torchrun's as one process."""
@@ -87,7 +80,6 @@ def test_commands_of_save(folder, monkeypatch):
               for name in logged}
     assert explained - {"PHASE_gb"} == logged
 
-
 @pytest.mark.slow
 def test_commands_of_eval(folder, monkeypatch):
     """The same for eval.py: on two reward models that are there, on small benchmarks."""
@@ -108,7 +100,6 @@ def test_commands_of_eval(folder, monkeypatch):
         test_eval.evaluation.main([*flags, *small, *data, "--device", "cpu"])
         assert any(out.iterdir()), words
 
-
 @pytest.fixture
 def fork(folder, monkeypatch):
     """fork(snippet, flags...) -> metrics.jsonl and samples.jsonl of the snippet, run as its file would run."""
@@ -124,7 +115,6 @@ def fork(folder, monkeypatch):
         return read(out / "metrics.jsonl"), read(out / "samples.jsonl")
     return run
 
-
 def test_a_loss_of_your_own_is_what_trains(fork):
     """Its value in step 1 is worked out again from what samples.jsonl says of that step."""
     metrics, samples = fork(SNIPPETS[0], "--rm_update", "mine")
@@ -134,7 +124,6 @@ def test_a_loss_of_your_own_is_what_trains(fork):
     first = next(record for record in metrics if record.get("step") == 1)
     assert first["rm_loss"] == pytest.approx(expected, rel=1e-4) and first["reward_shift"] > 0
 
-
 def test_an_advantage_of_your_own_is_what_trains(fork):
     metrics, _ = fork(SNIPPETS[0], "--algo", "mine")
     rewards, keep = torch.tensor([[4.0, 1.0, 9.0], [1.0, 2.0, 3.0]]), torch.tensor([[1, 1, 0], [0, 1, 0]]).bool()
@@ -143,7 +132,6 @@ def test_an_advantage_of_your_own_is_what_trains(fork):
     mine, grpo = (next(record for record in run if record.get("step") == 1) for run in (metrics, plain))
     assert mine["reward"] == grpo["reward"]  # the same responses
     assert mine["policy_grad_norm"] > 0 and mine["policy_grad_norm"] != pytest.approx(grpo["policy_grad_norm"], 0.01)
-
 
 @pytest.mark.slow
 def test_run_sh(folder, tmp_path):
@@ -173,7 +161,6 @@ def test_run_sh(folder, tmp_path):
     assert max(record.get("step", 0) for record in read(tmp_path / "few-0-save-2/metrics.jsonl")) == 3
     assert (done.stdout + done.stderr).count("\n") <= 80
 
-
 @pytest.mark.parametrize("words, command", [
     ("test -m slow", "-m pytest -q -m slow"),
     ("paper --algo rloo", "-m torch.distributed.run --standalone --nproc-per-node 4 save.py --out OUT --seed 3 "
@@ -190,7 +177,6 @@ def test_what_run_sh_starts(words, command):
     wrong = subprocess.run([*run, "tests"], env=env, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
 
-
 def test_flags_of_the_laptop_run_are_flags_of_save(capsys):
     toy.main(["--flags"])
     cfg = save.parse_config(capsys.readouterr().out.split())
@@ -198,13 +184,11 @@ def test_flags_of_the_laptop_run_are_flags_of_save(capsys):
     toy.main(["--flags", "--world", "graded"])
     assert save.parse_config(capsys.readouterr().out.split()).lr_rm == 3e-5
 
-
 def scores(before, after):
     """scores.jsonl of two reward models: each letter a pair, + right and - wrong; sets are split at spaces."""
     return [{"rm": rm, "bench": f"heldout_{name}.jsonl", "score_chosen": {"+": 1, "-": -1, "0": 0}[mark],
              "score_rejected": 0} for rm, sets in (("a", before), ("b", after))
             for name, marks in zip("xy", sets.split()) for mark in marks]
-
 
 @pytest.mark.parametrize("before, after, what", [
     ("--------++ " + "-" * 100, "++++++++++ " + "-" * 50 + "+" * 50, "got better: +65.00"),
@@ -219,7 +203,6 @@ def test_the_sentence_follows_the_interval_of_the_mean(tmp_path, capsys, before,
     line = re.search(r"^RM accuracy, mean +(\S+) +(\S+)", capsys.readouterr().out, re.M)
     assert [float(x) for x in line.groups()] == pytest.approx(means, abs=0.005)
 
-
 def test_the_interval_is_that_of_the_normal_approximation():
     """Two sets of 400 and 900 pairs: the variance of the mean of means is a quarter of the sum of theirs."""
     changes = [torch.tensor([1.0, 0, 0, -1] * 100).double(), torch.tensor([1.0, 0, 0] * 300).double()]
@@ -228,7 +211,6 @@ def test_the_interval_is_that_of_the_normal_approximation():
     low, high = toy.interval(changes, 4000)
     assert low == pytest.approx(100 * (middle - 1.96 * error), abs=0.25)
     assert high == pytest.approx(100 * (middle + 1.96 * error), abs=0.25)
-
 
 def test_trend_lines():
     assert toy.trend([1.0, 2.0, 3.0, 8.0]) == "▁▂▃█  1.00 to 8.00" and toy.trend([5.0, 5.0]) == "▄▄  5.00 to 5.00"

@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "forks"))
 import balanced  # noqa: E402
 import hl_bt  # noqa: E402
 
-
 class InThisThread(contextlib.nullcontext):
     """save.main sets a signal handler, which only the main thread may."""
 
@@ -27,7 +26,6 @@ class InThisThread(contextlib.nullcontext):
         return self
 
     map = staticmethod(map)
-
 
 @pytest.mark.parametrize("given_rm", [True, False])
 def test_real_trains_every_method_from_one_reward_model_and_judges_all(world, tmp_path, monkeypatch, given_rm):
@@ -66,7 +64,6 @@ def test_real_trains_every_method_from_one_reward_model_and_judges_all(world, tm
     results = json.loads((out / "eval" / "results.json").read_text())
     assert [*results] == [str(out / name / "rm") for name in ("value", "hl_bt", "save")]
 
-
 def test_without_takes_one_technique_out_of_the_code_as_it_is(world):
     """The rollout without dropping ended rows gives the same responses, and a line that is not there is an error."""
     policy = save.Policy.from_pretrained(str(world / "policy")).float()
@@ -81,32 +78,20 @@ def test_without_takes_one_technique_out_of_the_code_as_it_is(world):
     with pytest.raises(ValueError, match="0 times"):
         bench.without(save.decode, "no such line", "")
 
-
-def test_both_forms_of_the_log_probs_benchmark_give_the_same_sum(world, capsys, monkeypatch):
-    sums = []
-    monkeypatch.setattr(bench, "memory_mb", lambda what: 0.0)
-    monkeypatch.setattr(bench.pathlib.Path, "write_text", lambda *_: None)  # /proc/self/clear_refs
-    monkeypatch.setattr(bench.torch, "randint", lambda low, high, *rest, randint=torch.randint, **more:
-                        randint(5, 20, *rest, **more))
-    for variant in ("ours", "whole"):
-        for direction in ("forward", "backward"):
-            bench.log_probs_variant(bench.argparse.Namespace(policy=str(world / "policy"), layers=2, variant=variant,
-                                                             direction=direction))
-            sums.append(json.loads(capsys.readouterr().out)["sum"])
-    assert sums == pytest.approx([sums[0]] * 4, rel=1e-5) and sums[0] < 0
-
-
-def test_both_forms_of_the_memory_benchmark_give_the_same_gradient(world, capsys, monkeypatch):
-    norms = []
+def test_both_forms_of_a_benchmark_do_the_same(world, capsys, monkeypatch):
     monkeypatch.setattr(bench, "memory_mb", lambda what: 0.0)
     monkeypatch.setattr(bench.pathlib.Path, "write_text", lambda *_: None)  # /proc/self/clear_refs
     monkeypatch.setattr(bench.torch, "randint", lambda low, high, *rest, randint=torch.randint, **more:
                         randint(*((5, 20) if high == 1000 else (low, high)), *rest, **more))
-    for variant in ("held", "ours"):
-        bench.rm_memory_variant(bench.argparse.Namespace(rm=str(world / "rm"), layers=2, variant=variant))
-        norms.append(json.loads(capsys.readouterr().out)["norm"])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 0
 
+    def printed(measure, what, **args):
+        measure(bench.argparse.Namespace(policy=str(world / "policy"), rm=str(world / "rm"), layers=2, **args))
+        return json.loads(capsys.readouterr().out)[what]
+    sums = [printed(bench.log_probs_variant, "sum", variant=variant, direction=direction)
+            for variant in ("ours", "whole") for direction in ("forward", "backward")]
+    assert sums == pytest.approx([sums[0]] * 4, rel=1e-5) and sums[0] < 0
+    norms = [printed(bench.rm_memory_variant, "norm", variant=variant) for variant in ("held", "ours")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 0
 
 def test_a_larger_head_ranks_the_same(world, tmp_path):
     chats = [([0, 5, 6, 7, 8, 9][:n], 2) for n in (4, 5, 6)]

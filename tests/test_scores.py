@@ -16,42 +16,32 @@ import eval as ev
 
 ORACLE = pathlib.Path(__file__).resolve().parents[2] / "shared" / "oracles" / "judgebench"
 
-
 def percent(**parts):
     return pytest.approx({name: 100 * float(part) for name, part in parts.items()}, abs=1e-9)
-
 
 def fraction(text):
     return float(Fraction(text))
 
-
 def resampled(name, rows, draws, seed=0):
     return ev.bootstrap(getattr(ev, f"{name}_scores"), rows, draws, seed)
-
 
 def pair(subset, chosen, rejected):
     return {"subset": subset, "score_chosen": chosen, "score_rejected": rejected}
 
-
 def best_of(subset, *scores):
     return {"id": "7", "subset": subset, "num_correct": 1, "scores": list(scores)}
-
 
 def ties(name, right, wrong, subset="Ties"):
     return {"id": name, "subset": subset, "num_correct": len(right), "scores": [*right, *wrong]}
 
-
 def styles(domain, chosen, rejected):
     return {"domain": domain, "score_chosen": list(chosen), "score_rejected": list(rejected)}
-
 
 def verdict(source, label, score_a, score_b):
     return {"source": source, "label": label, "score_A": score_a, "score_B": score_b}
 
-
 def question(baseline_first, model_first, category="hard_prompt"):
     return {"uid": "u", "category": category, "games": [{"score": baseline_first}, {"score": model_first}]}
-
 
 # ---------------------------------------------------------------- pairs of your own
 def test_a_pair_is_right_only_if_the_chosen_one_is_strictly_higher():
@@ -59,7 +49,6 @@ def test_a_pair_is_right_only_if_the_chosen_one_is_strictly_higher():
     rows = [{"score_chosen": chosen, "score_rejected": rejected} for chosen, rejected in scores]
     assert ev.preference_scores(rows) == percent(average=fraction("2/5"))
     assert ev.preference_scores(rows[2:3]) == percent(average=0)
-
 
 # ---------------------------------------------------------------- RewardBench
 SECTIONS = {
@@ -75,13 +64,11 @@ SECTIONS = {
 SIZES = {"Chat": 358, "Chat Hard": 456, "Safety": 740, "Reasoning": 1968}  # 447 rows of math-prm weigh 984
 SUBSETS = [(section, subset) for section, subsets in SECTIONS.items() for subset in subsets]
 
-
 @pytest.mark.parametrize("section, subset", SUBSETS)
 def test_each_rewardbench_subset_weighs_its_official_count(section, subset):
     got = ev.rewardbench_scores([pair(other, other == subset, 0) for _, other in SUBSETS])
     share = SECTIONS[section][subset] / SIZES[section]
     assert got == percent(**{**dict.fromkeys(SECTIONS, 0), section: share, "average": share / 4})
-
 
 def test_rewardbench_by_hand():
     right, wrong, tie = (1.5, 1.0), (1.0, 1.5), (1.0, 1.0)
@@ -98,12 +85,10 @@ def test_rewardbench_by_hand():
     want = {"Chat": chat, "Chat Hard": 1, "Safety": 0, "Reasoning": reasoning, "average": (chat + 1 + reasoning) / 4}
     assert ev.rewardbench_scores(rows) == percent(**want)
 
-
 def test_a_part_of_rewardbench_is_averaged_over_what_is_there():
     rows = [pair("mt-bench-med", 1, 0), pair("alpacaeval-hard", 0, 1), pair("math-prm", 1, 0)]
     chat = fraction("40/135")
     assert ev.rewardbench_scores(rows) == percent(Chat=chat, Reasoning=1, average=(chat + 1) / 2)
-
 
 # ---------------------------------------------------------------- RewardBench 2
 @pytest.mark.parametrize("scores, credit", [
@@ -113,13 +98,11 @@ def test_rewardbench2_shares_the_credit_among_completions_tied_at_the_top(scores
     credit = fraction(credit)
     assert ev.rewardbench2_scores([best_of("Focus", *scores)]) == percent(Focus=credit, average=credit)
 
-
 def test_rewardbench2_is_the_plain_mean_of_its_subsets():
     rows = [best_of("Focus", 1, 0), best_of("Focus", 1, 1), best_of("Focus", 0, 1), best_of("Math", 2, 2, 2)]
     rows += [ties("ref:1", [1], [0]), ties("tied:1", [1, 4], [0])]  # gaps 1, 1; spread 3; ratio 1/3
     tied = 0.6 + 0.01 * math.tanh(-2 / 3)
     assert ev.rewardbench2_scores(rows) == percent(Focus=0.5, Math=1 / 3, Ties=tied, average=(1 / 2 + 1 / 3 + tied) / 3)
-
 
 TANH = math.tanh
 TIES = {  # ref: right, wrong; tied: right, wrong; score
@@ -139,14 +122,12 @@ TIES = {  # ref: right, wrong; tied: right, wrong; score
     "one right answer in the tied form": ([5], [4], [2], [0], 1.01),
 }
 
-
 @pytest.mark.parametrize("case", TIES)
 def test_one_prompt_of_ties_by_hand(case):
     ref_right, ref_wrong, tied_right, tied_wrong, want = TIES[case]
     rows = [ties("ref:3", ref_right, ref_wrong), ties("tied:3", tied_right, tied_wrong)]
     for rows in (rows, rows[::-1]):
         assert ev.rewardbench2_scores(rows) == percent(Ties=want, average=want)
-
 
 def test_each_part_of_ties_is_a_mean_over_its_own_prompts():
     rows = [ties("ref:1", [3], [0]), ties("tied:1", [3, 2], [0]),       # least gap 2, spread 1, ratio 2
@@ -159,12 +140,10 @@ def test_each_part_of_ties_is_a_mean_over_its_own_prompts():
     assert ev.rewardbench2_scores([ties("tied:8", [1, 1], [0])]) == percent(Ties=0.3, average=0.3)
     assert ev.rewardbench2_scores(rows[-3:]) == percent(Ties=0.3, average=0.3)
 
-
 @pytest.mark.parametrize("spelling", ["Ties", "ties", "TIES"])
 def test_ties_is_recognised_however_it_is_spelled(spelling):
     rows = [ties("ref:1", [2], [1], spelling), ties("tied:1", [2, 2], [1], spelling)]
     assert ev.rewardbench2_scores(rows) == percent(**{spelling: 1.01}, average=1.01)
-
 
 def ties_by_quantifiers(rows):
     """Ties in words: every right answer beats every wrong one, by more than any two right ones differ."""
@@ -192,7 +171,6 @@ def ties_by_quantifiers(rows):
         total += 0.01 / len(both) * bonus
     return total
 
-
 @pytest.mark.parametrize("seed", range(40))
 def test_ties_is_what_its_words_say(seed):
     rng = random.Random(seed)
@@ -206,7 +184,6 @@ def test_ties_is_what_its_words_say(seed):
     want = ties_by_quantifiers(rows)
     assert ev.rewardbench2_scores(rows) == percent(Ties=want, average=want)
 
-
 # ---------------------------------------------------------------- RM-Bench
 @pytest.mark.parametrize("i", range(3))
 @pytest.mark.parametrize("j", range(3))
@@ -216,7 +193,6 @@ def test_each_cell_of_the_style_matrix_counts_in_its_level(i, j):
     want["hard" if i < j else "easy" if i > j else "normal"] = 1 / 3  # i < j: the wrong one is dressed up more
     assert ev.rmbench_scores([styles("chat", chosen, rejected)]) == percent(**want)
 
-
 def test_rmbench_by_hand():
     rows = [styles("math", (1, 3, 2), (2, 0, 3)),    # 010 / 110 / 010, two exact ties
             styles("code_x", (0, 1, 2), (0, 1, 2)),  # 000 / 100 / 110: style decides, the diagonal is tied
@@ -225,14 +201,12 @@ def test_rmbench_by_hand():
                 hard=fraction("5/12"), average=fraction("5/9"))
     assert ev.rmbench_scores(rows) == percent(**want)
 
-
 def test_rmbench_pools_safety_by_row_and_weighs_domains_alike():
     rows = [*[styles("safety-refuse", (1, 1, 1), (0, 0, 0))] * 3, styles("safety-response", (0, 0, 0), (0, 0, 0)),
             *[styles("chat", (0, 2, 4), (0, 2, 4))] * 8]
     want = dict(safety=3 / 4, chat=1 / 3, easy=7 / 8, normal=3 / 8, hard=3 / 8, average=13 / 24)
     assert ev.rmbench_scores(rows) == percent(**want)
     assert ev.rmbench_scores(rows[3:4])["safety"] == 0 and ev.rmbench_scores(rows[:1])["safety"] == 100
-
 
 def rmbench_by_counting(rows):
     """All comparisons in one list; shares of it."""
@@ -250,7 +224,6 @@ def rmbench_by_counting(rows):
     return {**{domain: share(domain, -1, 0, 1) for domain in domains}, "hard": over_domains(-1),
             "normal": over_domains(0), "easy": over_domains(1), "average": over_domains(-1, 0, 1)}
 
-
 @pytest.mark.parametrize("seed", range(40))
 def test_rmbench_is_the_count_and_its_average_that_of_the_levels(seed):
     rng = random.Random(seed)
@@ -260,7 +233,6 @@ def test_rmbench_is_the_count_and_its_average_that_of_the_levels(seed):
     assert got == percent(**rmbench_by_counting(rows))
     assert got["average"] == pytest.approx((got["easy"] + got["normal"] + got["hard"]) / 3, abs=1e-9)
 
-
 # ---------------------------------------------------------------- PPE
 def test_ppe_preference_by_hand():
     rows = [("model_a", 2, 1), ("model_b", -2, -1), ("model_a", 1, 1), ("model_b", 1, 1), ("model_a", 1, 2),
@@ -269,10 +241,8 @@ def test_ppe_preference_by_hand():
     assert ev.ppe_preference_scores(rows) == percent(average=fraction("3/7"))
     assert ev.ppe_preference_scores(rows[2:4]) == percent(average=0)
 
-
 def best_of_k(benchmark, scores, pairs, rewards):
     return {"benchmark": benchmark, "scores": scores, "sampled_conflict_pairs": pairs, "rewards": rewards}
-
 
 def test_ppe_correctness_by_hand():
     # the last response is in no pair and has no reward; pair (1, 3) is a tie, whichever comes first
@@ -282,14 +252,12 @@ def test_ppe_correctness_by_hand():
             best_of_k("GPQA", [False, True], [[0, 1]], [-1.0, 0.0])]
     assert ev.ppe_correctness_scores(rows) == percent(MATH=fraction("2/6"), GPQA=1, average=fraction("2/3"))
 
-
 def test_ppe_correctness_counts_pairs_within_a_set_and_sets_alike():
     wrong = best_of_k("IFEval", [True, False, False, False], [[0, 1], [0, 2], [0, 3]], [0, 1, 1, 1])
     right = best_of_k("IFEval", [True, False], [[0, 1]], [1, 0])
     rows = [wrong, right, *[best_of_k(name, [True, False], [[1, 0]], [1, 0]) for name in ("MMLU-Pro", "MBPP-Plus")]]
     want = {"IFEval": 1 / 4, "MMLU-Pro": 1, "MBPP-Plus": 1, "average": 3 / 4}
     assert ev.ppe_correctness_scores(rows) == percent(**want)
-
 
 # ---------------------------------------------------------------- JudgeBench
 @pytest.mark.parametrize("source, category", [
@@ -303,15 +271,12 @@ def test_judgebench_by_hand(source, category):
     assert ev.judgebench_scores(rows) == percent(**{category: share}, average=share, macro=share)
     assert ev.judgebench_scores(rows[5:6]) == percent(**{category: 0}, average=0, macro=0)
 
-
 def test_judgebench_average_is_over_rows_and_macro_over_the_categories_there():
     rows = [verdict("livebench-math", "A>B", 1, 0), *[verdict("mmlu-pro-law", "A>B", 0, 1)] * 3]
     assert ev.judgebench_scores(rows) == percent(math=1, knowledge=0, average=1 / 4, macro=1 / 2)
 
-
 def oracle_models():
     return json.loads((ORACLE / "expected.json").read_text()) if (ORACLE / "expected.json").exists() else {"none": None}
-
 
 @pytest.mark.parametrize("model", oracle_models())
 def test_judgebench_gives_the_official_numbers_of_real_reward_models(model):
@@ -328,7 +293,6 @@ def test_judgebench_gives_the_official_numbers_of_real_reward_models(model):
     macro = [value for name, value in want.items() if name.startswith("macro")]
     assert [got["macro"]] == pytest.approx(macro, abs=1e-9)
 
-
 # ---------------------------------------------------------------- Arena-Hard
 @pytest.mark.parametrize("label, mirrored, first_player", [
     ("A>>B", "B<<A", "7/8"), ("A>B", "B<A", "3/4"), ("A=B", "B=A", "1/2"), ("A<B", "B>A", "1/4"),
@@ -339,7 +303,6 @@ def test_an_arena_verdict_beside_a_draw(label, mirrored, first_player):
         assert ev.arena_hard_scores([question("A=B", label)]) == percent(hard_prompt=share)
         assert ev.arena_hard_scores([question(label, "A=B")]) == percent(hard_prompt=1 - share)
 
-
 def test_arena_hard_by_hand():
     rows = [question("A>B", "A>>B"),                                     # strong win, slight loss: 3 of 4, not half
             question("A<<B", "A>>B"), question("A>B", "A<B"),            # 6 of 6 and 0 of 2
@@ -347,7 +310,6 @@ def test_arena_hard_by_hand():
     assert ev.arena_hard_scores(rows[:1]) == percent(hard_prompt=3 / 4)
     assert ev.arena_hard_scores(rows[1:3]) == percent(hard_prompt=6 / 8)  # entries count, not questions
     assert ev.arena_hard_scores(rows) == percent(hard_prompt=9 / 12, creative_writing=2.5 / 6)
-
 
 @pytest.mark.parametrize("label", [None, "", "A", "B", "A>>>B", "A>A", "A==B", "a>b", "ERROR"])
 def test_a_question_with_a_game_without_verdict_is_left_out(label):
@@ -357,7 +319,6 @@ def test_a_question_with_a_game_without_verdict_is_left_out(label):
         assert ev.arena_hard_scores([bad]) == {}
     for games in ([None, {"score": "A>>B"}], [{"score": "A<<B"}, None], [None, None]):
         assert ev.arena_hard_scores([{**good, "games": games}, good]) == percent(hard_prompt=1 / 2)
-
 
 def arena_by_reading_the_labels(rows):
     """Half-points won and played, from the characters of each label."""
@@ -378,7 +339,6 @@ def arena_by_reading_the_labels(rows):
             tally[row["category"]] = before[0] + won, before[1] + played
     return {category: won / played for category, (won, played) in tally.items()}
 
-
 @pytest.mark.parametrize("seed", range(40))
 def test_arena_hard_is_what_the_labels_say(seed):
     rng = random.Random(seed)
@@ -389,7 +349,6 @@ def test_arena_hard_is_what_the_labels_say(seed):
     for row in rows:
         row["games"] = [game if rng.random() < 0.95 else None for game in row["games"]]
     assert ev.arena_hard_scores(rows) == percent(**arena_by_reading_the_labels(rows))
-
 
 # ---------------------------------------------------------------- published arithmetic (Skywork-Reward-V2-Llama-3.2-3B)
 def test_published_judgebench_is_the_macro_number():
@@ -405,7 +364,6 @@ def test_published_judgebench_is_the_macro_number():
     measured = {60.9, 67.7, 68.3, 68.6, 68.9, 69.1, 69.4, 70.0, 71.4}  # JudgeBench in Tables 1, 2 and 4 to 6
     assert measured <= over_rows and 69.2 not in over_rows
 
-
 def test_published_rewardbench2_is_the_plain_mean():
     rights = {"Factuality": 762, "Precise IF": 456, "Math": 694, "Safety": 931, "Focus": 960}
     rows = [best_of(name, n < right, 0.5, 0, 0) for name, right in rights.items() for n in range(1000)]
@@ -415,7 +373,6 @@ def test_published_rewardbench2_is_the_plain_mean():
     got = ev.rewardbench2_scores(rows)
     assert got == percent(**want, Ties=0.677, average=448.0 / 600) and round(got["average"], 2) == 74.67
 
-
 def test_published_rmbench_is_the_mean_of_the_levels():
     kinds = [(678, (1, 1, 1), (0, 0, 0)), (841, (1, 3, 5), (0, 2, 4)), (915, (0, 2, 4), (0, 2, 4)),
              (1000, (0, 0, 0), (1, 1, 1))]
@@ -423,22 +380,18 @@ def test_published_rmbench_is_the_mean_of_the_levels():
     average = (0.915 + 0.841 + 0.678) / 3
     assert ev.rmbench_scores(rows) == percent(easy=0.915, normal=0.841, hard=0.678, chat=average, average=average)
 
-
 # ---------------------------------------------------------------- all of them: names, purity, order
 def random_pair(rng):
     return {"score_chosen": rng.randint(0, 4), "score_rejected": rng.randint(0, 3)}
-
 
 def random_ties(rng, number):
     right = [[rng.randint(1, 5) for _ in range(n)] for n in (1, 3)]
     return [ties(f"{form}:{number}", scores, [rng.randint(0, 2)] * 2) for form, scores in zip(("ref", "tied"), right)]
 
-
 def random_best_of_k(rng, benchmark):
     scores = [True, False] + [rng.random() < 0.5 for _ in range(6)]
     pairs = [[i, j] for i in range(7) for j in range(7) if scores[i] != scores[j]]
     return best_of_k(benchmark, scores, rng.sample(pairs, 4), [rng.randint(0, 4) + s for s in scores[:7]] + [None])
-
 
 def random_rows(name, seed=0):
     """Every subset, domain or category of a benchmark, with exact ties."""
@@ -467,7 +420,6 @@ def random_rows(name, seed=0):
     return [question(rng.choice(list(ev.ARENA_POINTS)), rng.choice(["A>B", "A=B", "A<<B", None]), category)
             for _ in range(40) for category in ("hard_prompt", "creative_writing")]
 
-
 KEYS = {
     "preference": {"average"},
     "rewardbench": {"Chat", "Chat Hard", "Safety", "Reasoning", "average"},
@@ -479,7 +431,6 @@ KEYS = {
     "arena_hard": {"hard_prompt", "creative_writing"},
 }
 
-
 @pytest.mark.parametrize("name", KEYS)
 def test_every_score_function_is_pure_names_its_parts_and_takes_rows_in_any_order(name):
     score, rows = getattr(ev, f"{name}_scores"), random_rows(name)
@@ -489,7 +440,6 @@ def test_every_score_function_is_pure_names_its_parts_and_takes_rows_in_any_orde
     assert rows == before and score(rows) == got
     random.Random(1).shuffle(rows)
     assert score(rows) == pytest.approx(got, abs=1e-9)
-
 
 @pytest.mark.parametrize("name, part, keys", [
     ("rewardbench", lambda row: row["subset"].startswith("hep"), {"Reasoning"}),
@@ -507,14 +457,11 @@ def test_a_part_of_a_benchmark_has_only_the_keys_of_that_part(name, part, keys):
     if name not in ("rewardbench", "rmbench"):  # a category is the same number with and without the others
         assert all(got[key] == whole[key] for key in keys - {"macro"})
 
-
 # ---------------------------------------------------------------- bootstrap
 RMS = [name for name in KEYS if name in ev.BENCHMARKS]
 
-
 def numbers(draws):
     return np.concatenate([np.asarray(draws[key]) for key in sorted(draws)])
-
 
 @pytest.mark.parametrize("name", RMS)
 def test_draws_are_repeatable_paired_and_centred_on_the_score(name):
@@ -527,7 +474,6 @@ def test_draws_are_repeatable_paired_and_centred_on_the_score(name):
     assert not any((draws[key] - other[key]).any() for key in draws)
     assert (numbers(draws) != numbers(resampled(name, rows, 1000, seed=1))).mean() > 0.5
 
-
 def test_a_model_that_is_right_once_more_is_never_behind():
     rows = [pair("donotanswer", n < 30, 0.5) for n in range(50)]
     better = copy.deepcopy(rows)
@@ -537,7 +483,6 @@ def test_a_model_that_is_right_once_more_is_never_behind():
     assert times == pytest.approx(times.round(), abs=1e-9) and times.min() == 0
     assert times.mean() == pytest.approx(1, abs=0.1) and times.std() == pytest.approx(math.sqrt(49 / 50), rel=0.1)
 
-
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
 def test_the_standard_error_of_an_accuracy_is_the_textbooks(p):
     rows = [{"score_chosen": n < 200 * p, "score_rejected": 0} for n in range(200)]
@@ -545,7 +490,6 @@ def test_the_standard_error_of_an_accuracy_is_the_textbooks(p):
     assert draws.std() == pytest.approx(100 * math.sqrt(p * (1 - p) / 200), rel=0.1)
     low, high = ev.interval(draws)
     assert high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(p * (1 - p) / 200), rel=0.15)
-
 
 def test_rows_of_a_category_are_resampled_among_themselves():
     rows = [verdict("livebench-math", "A>B", 1, 0)] * 50 + [verdict("livecodebench", "A>B", 0, 1)] * 50
@@ -555,7 +499,6 @@ def test_rows_of_a_category_are_resampled_among_themselves():
     draws = resampled("judgebench", rows, 2000)["average"]  # only the 50 of math vary: not sqrt(.4 * .6 / 100)
     assert draws.std() == pytest.approx(100 * math.sqrt(50 * 0.2 * 0.8) / 100, rel=0.1)
 
-
 def test_no_draw_loses_a_small_subset():
     rows = [pair(subset, 1, 0) for _, subset in SUBSETS] + [pair("hep-go", n % 2, 0) for n in range(99)]
     draws = resampled("rewardbench", rows, 500)
@@ -564,13 +507,11 @@ def test_no_draw_loses_a_small_subset():
     share = 164 / 1968 * math.sqrt(0.5 * 0.5 / 100)
     assert draws["Reasoning"].std() == pytest.approx(100 * share, rel=0.1)
 
-
 def test_a_row_with_several_pairs_is_resampled_whole():
     pairs = [[0, 1], [0, 2], [0, 3], [0, 4], [0, 5]]
     rows = [best_of_k("MATH", [True] + [False] * 5, pairs, [n < 60, 0, 0, 0, 0, 0]) for n in range(100)]
     draws = resampled("ppe_correctness", rows, 2000)["MATH"]
     assert draws.std() == pytest.approx(100 * math.sqrt(0.6 * 0.4 / 100), rel=0.1)  # of 100 rows, not of 500 pairs
-
 
 def test_a_row_with_more_pairs_weighs_more_in_a_draw_too():
     rows = [best_of_k("MATH", [True, False, False, False], pairs, [n % 2, 0.5, 0.5, 0.5])
@@ -578,7 +519,6 @@ def test_a_row_with_more_pairs_weighs_more_in_a_draw_too():
     draws = resampled("ppe_correctness", rows, 2000)["MATH"]
     # right share 3k / (3k + n - k) of k ~ Bin(100, 1/2): mean 3/4, slope 3 n / (n + 2k)^2 = 0.0075 a row
     assert draws.mean() == pytest.approx(75, abs=0.5) and draws.std() == pytest.approx(100 * 0.0075 * 5, rel=0.1)
-
 
 def test_the_two_forms_of_a_ties_prompt_are_resampled_together():
     rows = []
@@ -589,14 +529,12 @@ def test_the_two_forms_of_a_ties_prompt_are_resampled_together():
     apart = 0.6 + 0.01 * (TANH(1 / 5 - 1) - TANH(-1 / 5 - 1))
     assert draws.std() == pytest.approx(100 * apart * math.sqrt(0.25 / 100), rel=0.1)
 
-
 def test_arena_questions_are_resampled_whole_and_categories_apart():
     rows = [question("A<<B", "A>>B") if n < 80 else question("A>>B", "A<<B") for n in range(100)]
     rows += [question("A=B", "A=B", "creative_writing")] * 100
     draws = resampled("arena_hard", rows, 2000)
     assert draws["hard_prompt"].std() == pytest.approx(100 * math.sqrt(0.8 * 0.2 / 100), rel=0.1)  # not of 600 entries
     assert draws["creative_writing"] == pytest.approx(np.full(2000, 50.0), abs=1e-9)
-
 
 def test_the_interval_is_the_middle_95_percent():
     draws = list(range(1001))

@@ -1,7 +1,6 @@
 """The laptop worlds: small tasks whose true ("gold") reward is known, written as ordinary files. No download.
 
     python tests/toy.py --out DIR --world few --seed 0               # less than a minute on 2 cores
-    python tests/toy.py --gold DIR/policy OTHER --prompts FILE       # one line per policy: its gold reward
     python tests/toy.py --report DIR RUN                             # before and after a run of save.py on DIR
 
 A prompt is "reverse c a d", its right answer "d a c". In most worlds gold is 1 for the right symbols and 0 otherwise;
@@ -58,7 +57,6 @@ TASKS = {
     "shift": lambda symbols: [SYMBOLS[(SYMBOLS.index(symbol) + 1) % len(SYMBOLS)] for symbol in symbols],
 }
 
-
 class World(NamedTuple):
     """How a world differs from the others."""
     pairs: int = 0  # labels of the reward model, each of another prompt; 0: as few of LABELS as it needs
@@ -67,7 +65,6 @@ class World(NamedTuple):
     task: str = "binary"  # what gold, prompts and demonstrations are: "binary", "graded", "style"
     labelled: str = ""  # which prompts have labels: all, "short" (3 symbols), "two tasks"
     flags: str = ""  # of save.py, beside LAPTOP_FLAGS
-
 
 WORLDS = {
     "few": World(),
@@ -85,7 +82,6 @@ LAPTOP_FLAGS = (  # of save.py on these worlds, for run.sh and tables.py
     "--save_every 0")
 SIZES = {"heldout": 1000, "sft_steps": 800, "grpo_steps": 30}
 
-
 def laptop_flags(world="few"):
     """The flags of save.py on a world, as a list."""
     return f"{LAPTOP_FLAGS} {WORLDS[world].flags}".split()
@@ -101,13 +97,11 @@ RM_TEMPLATE = (
     "{{ (' ' + (m.content or '[unk]')) if m.role == 'assistant' else (' [q] ' + m.content + ' [/q]') }}"
     "{% endfor %}")
 
-
 # ---- the task
 def answer(prompt):
     """The right symbols for a prompt, as a list."""
     task, *symbols = prompt.split()
     return TASKS[task](symbols)
-
 
 def gold(prompt, response, task="binary"):
     """The true reward in 0..1. Graded: 1 - edit distance / length. Else 1.0 if the symbols are right."""
@@ -115,7 +109,6 @@ def gold(prompt, response, task="binary"):
     if task != "graded":
         return float(said == right)
     return max(0.0, 1 - edit_distance(said, right) / len(right))
-
 
 def edit_distance(a, b):
     """How many symbols must be replaced, left out or put in to make b of a."""
@@ -126,11 +119,9 @@ def edit_distance(a, b):
             diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
     return row[-1]
 
-
 def random_prompt(rng, task="binary"):
     """A task and some symbols."""
     return " ".join([rng.choice(list(TASKS))] + rng.choices(SYMBOLS, k=rng.randint(*LENGTHS[task])))
-
 
 def unique_prompts(n, rng, task="binary"):
     """n different prompts, so that any two slices of them are disjoint."""
@@ -138,7 +129,6 @@ def unique_prompts(n, rng, task="binary"):
     while len(found) < n:
         found[random_prompt(rng, task)] = True
     return list(found)
-
 
 def demonstration(prompt, rng, task="binary"):
     """What the policy learns from: half are right, in the others each symbol is drawn again at 50 %.
@@ -152,7 +142,6 @@ def demonstration(prompt, rng, task="binary"):
     if rng.random() < careless:
         words = [rng.choice(SYMBOLS) if rng.random() < 0.5 else word for word in words]
     return " ".join(words + ([FLOURISH] if task == "style" and rng.random() < 0.5 else []))
-
 
 def one_edit(words, rng):
     """The nearest wrong answers: one symbol replaced, left out or put in, or two neighbours exchanged."""
@@ -170,17 +159,14 @@ def one_edit(words, rng):
         if edited != list(words):
             return edited
 
-
 # ---- files
 def write_rows(path, rows):
     """One JSON object per line."""
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-
 def read_prompts(path):
     """The prompts of a .jsonl file."""
     return [json.loads(line)["prompt"] for line in Path(path).read_text().splitlines()]
-
 
 def word_tokenizer(words, template, **special):
     """A Hugging Face tokenizer over whole words, in the given id order."""
@@ -192,20 +178,17 @@ def word_tokenizer(words, template, **special):
                                                             special_tokens=[(bos, words.index(bos))])
     return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, **special)
 
-
 def policy_tokenizer():
     """20 words, special ones first, no BOS."""
     special = ["<pad>", "<unk>", "<user>", "<assistant>", "<end>"]
     return word_tokenizer(special + SYMBOLS + list(TASKS) + [FLOURISH], POLICY_TEMPLATE, pad_token="<pad>",
                           unk_token="<unk>", eos_token="<end>", additional_special_tokens=["<user>", "<assistant>"])
 
-
 def rm_tokenizer():
     """21 words in another order, with other special tokens and a BOS."""
     words = ["<s>", "</s>", FLOURISH] + list(TASKS)[::-1] + SYMBOLS[::-1] + ["[q]", "[/q]", "[unk]", "[pad]"]
     return word_tokenizer(words, RM_TEMPLATE, pad_token="[pad]", unk_token="[unk]", bos_token="<s>", eos_token="</s>",
                           additional_special_tokens=["[q]", "[/q]"])
-
 
 def llama_config(tokenizer, width, layers, spread, **other):
     """A small Llama. `spread` is the standard deviation of its first weights."""
@@ -214,12 +197,10 @@ def llama_config(tokenizer, width, layers, spread, **other):
                        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
                        eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True, **other)
 
-
 def write_model(path, model, tokenizer):
     """A Hugging Face folder."""
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
-
 
 # ---- models
 def chat_ids(tokenizer, prompt, response=None):
@@ -228,7 +209,6 @@ def chat_ids(tokenizer, prompt, response=None):
     if response is None:
         return save.encode_chats(tokenizer, [messages], generation_prompt=True)[0]
     return save.encode_chats(tokenizer, [messages + [{"role": "assistant", "content": response}]])[0]
-
 
 def train_policy(path, steps, seed, task="binary"):
     """Supervised fine-tuning from scratch on demonstrations, every batch fresh; writes a policy folder."""
@@ -258,7 +238,6 @@ def train_policy(path, steps, seed, task="binary"):
         cosine.step()
     write_model(path, model, tokenizer)
 
-
 def relabelled(policy_dir):
     """(model, tokenizer): the policy under the RM's tokenizer, its embedding rows carried over word by word."""
     policy = LlamaForCausalLM.from_pretrained(policy_dir)
@@ -272,13 +251,17 @@ def relabelled(policy_dir):
                 model.model.embed_tokens.weight[i] = policy.model.embed_tokens.weight[old[ROLES.get(word, word)]]
     return model, tokenizer
 
-
 def train_rm(path, policy_dir, pairs, world, seed):
     """Stage 1 by save.py itself, then the score times WORLDS[world].head."""
     world = WORLDS[world]
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
-        write_model(f"{folder}/start", *relabelled(policy_dir))
+        write_model(f"{folder}/causal", *relabelled(policy_dir))
+        model = LlamaForSequenceClassification.from_pretrained(f"{folder}/causal", num_labels=1)
+        numbers = torch.Generator().manual_seed(save.seed_for(seed, "reward head"))
+        noise = torch.randn(model.score.weight.shape, generator=numbers)
+        model.score.weight.data = noise / (model.score.in_features + 1) ** 0.5
+        write_model(f"{folder}/start", model, rm_tokenizer())
         save.main(["--stage", "preference", "--rm", f"{folder}/start", "--pairs", str(pairs), "--out", f"{folder}/out",
                    "--lr_rm", "1e-3", "--batch", "64", "--steps", str(world.steps), "--seed",
                    str(seed), "--device", "cpu", "--lr_schedule", "linear", "--save_every", "0", "--micro_tokens",
@@ -286,7 +269,6 @@ def train_rm(path, policy_dir, pairs, world, seed):
         model = LlamaForSequenceClassification.from_pretrained(f"{folder}/out/rm")
     model.score.weight.data *= world.head
     write_model(path, model, rm_tokenizer())
-
 
 def sample(policy, prompts, group, seed, top_k=0):
     """For each prompt, `group` (token ids, text) at temperature 1; the most likely one with top_k=1."""
@@ -296,7 +278,6 @@ def sample(policy, prompts, group, seed, top_k=0):
     pairs = list(zip(rows, policy.tokenizer.batch_decode(rows, skip_special_tokens=True)))
     return [pairs[i:i + group] for i in range(0, len(pairs), group)]
 
-
 def rm_scores(rm, prompts, responses):
     """The reward of each (prompt, response)."""
     chats = [chat for prompt, group in itertools.groupby(zip(prompts, responses), key=lambda pair: pair[0])
@@ -304,13 +285,11 @@ def rm_scores(rm, prompts, responses):
                                                [response for _, response in group])]
     return save.score(rm, chats, 8192)[0]
 
-
 def rm_accuracy(rm, rows):
     """Share of pairs with the chosen response ahead, in percent; a tie is a miss."""
     chosen, rejected = (rm_scores(rm, [row["prompt"] for row in rows], [row[side] for row in rows])
                         for side in ("chosen", "rejected"))
     return 100 * (chosen > rejected).double().mean().item()
-
 
 def train_grpo(policy_dir, prompts, reward, steps, seed, desc):
     """A policy trained by plain GRPO (16 prompts x 8, KL .04, one update a batch) on reward(prompts, texts)."""
@@ -331,13 +310,12 @@ def train_grpo(policy_dir, prompts, reward, steps, seed, desc):
         with torch.no_grad():
             ref_log_probs, _ = reference(*inputs, 1.0)
         loss, _ = save.policy_loss(log_probs, log_probs, ref_log_probs, advantages, mask, algo=save.ALGORITHMS["grpo"],
-                                   clip_low=0.2, clip_high=0.2, kl_coef=0.04)
+                                   kl_coef=0.04)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
     return policy
-
 
 def gold_reward(policy_dir, prompts, seed=0, samples=4, task="binary"):
     """{"sampled", "greedy"}: mean gold of `samples` responses at temperature 1, and of the most likely response."""
@@ -347,7 +325,6 @@ def gold_reward(policy_dir, prompts, seed=0, samples=4, task="binary"):
         texts = sample(policy, prompts, group, seed, top_k)
         means[name] = statistics.mean(gold(p, text, task) for p, pairs in zip(prompts, texts) for _, text in pairs)
     return means
-
 
 # ---- pairs and worlds
 def sampled_pairs(policy, prompts, rng, seed, limit=None, task="binary"):
@@ -362,12 +339,10 @@ def sampled_pairs(policy, prompts, rng, seed, limit=None, task="binary"):
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows[:limit]
 
-
 def edited_pairs(prompts, rng):
     """The right answer against one edit of it."""
     return [{"prompt": prompt, "chosen": " ".join(answer(prompt)), "rejected": " ".join(one_edit(answer(prompt), rng))}
             for prompt in prompts]
-
 
 def preferences(pairs, rng, task="binary"):
     """Training pairs with their gold. Graded ones are labelled as Bradley-Terry has it: at random if nearly equal."""
@@ -378,13 +353,11 @@ def preferences(pairs, rng, task="binary"):
         row.update({f"gold_{side}": gold(row["prompt"], row[side], task) for side in ("chosen", "rejected")})
     return pairs
 
-
 def labelled_prompts(prompts, labelled):
     """The prompts that the reward model has labels for."""
     fits = {"": lambda task, *symbols: True, "short": lambda task, *symbols: len(symbols) == 3,
             "two tasks": lambda task, *symbols: task in ("copy", "sort")}[labelled]
     return [prompt for prompt in prompts if fits(*prompt.split())]
-
 
 def build_world(path, world="few", seed=0, many=None):
     """Write a whole laptop world to `path`; what was measured on the way goes to world.json.
@@ -473,12 +446,10 @@ def build_world(path, world="few", seed=0, many=None):
     (path / "world.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
-
 def split(items, *sizes):
     """Consecutive slices of the given sizes."""
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [items[start:start + size] for start, size in zip(starts, sizes)]
-
 
 def tiny_world(path, seed=0):
     """The same files with untrained models of two layers, for unit tests: rewards differ, but mean nothing."""
@@ -497,7 +468,6 @@ def tiny_world(path, seed=0):
         write_rows(path / f"{name}.jsonl", [{"prompt": prompt} for prompt in prompts])
     write_rows(path / "pairs.jsonl", preferences(edited_pairs(prompts, rng), rng))
     write_rows(path / "heldout_id.jsonl", edited_pairs(prompts[:32], rng))
-
 
 def report(data, run):
     """Before and after a run of save.py, and what changed. RUN/eval is eval.py's of the two reward models."""
@@ -519,7 +489,6 @@ def report(data, run):
     print(f"\n{verdict(changes)}")
     print(f"In {run}: rm/, policy/, metrics.jsonl, samples.jsonl, eval/ and its table eval.txt")
 
-
 def print_accuracies(file):
     """Each set's accuracy from scores.jsonl, both reward models, and the paired intervals. -> changes as `interval`."""
     right = {}  # held-out set -> reward model -> whether it has each pair right
@@ -537,7 +506,6 @@ def print_accuracies(file):
               f"  [{low:+.2f}, {high:+.2f}]")
     return list(changes.values())
 
-
 def interval(changes, draws=2000):
     """95 % bootstrap interval of the mean over sets of their mean change, in points.
 
@@ -548,7 +516,6 @@ def interval(changes, draws=2000):
                          for change in changes]).mean(0)
     return (100 * means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype))).tolist()
 
-
 def verdict(changes):
     """One sentence: better or worse only where the interval of the mean leaves 0 out."""
     low, high = interval(changes)
@@ -557,13 +524,11 @@ def verdict(changes):
     return (f"The reward model {what}: {gain:+.2f} points, 95 % interval [{low:+.2f}, {high:+.2f}];\n"
             f"of {len(every)} held-out pairs {int((every > 0).sum())} became right and {int((every < 0).sum())} wrong.")
 
-
 def trend(values):
     """Numbers as block characters from their lowest to their highest, then the first and the last number."""
     low, high = min(values), max(values)
     marks = "".join("▁▂▃▄▅▆▇█"[round(7 * (x - low) / (high - low)) if high > low else 3] for x in values)
     return f"{marks}  {values[0]:.2f} to {values[-1]:.2f}"
-
 
 def build_and_say(path, world, seed, many):
     """Build a world; what the training says goes to build.log, two lines to the console."""
@@ -575,9 +540,8 @@ def build_and_say(path, world, seed, many):
     print(f"built in {sum(summary['seconds'].values()):.0f} s: the RM is right on {accuracies} % of the held-out "
           f"pairs, the policy's gold is {100 * summary['policy_gold']['sampled']:.1f} %")
 
-
 def main(argv=None):
-    """Command line: build a world, measure policies, or report on a run."""
+    """Command line: build a world, or report on a run."""
     torch.set_num_threads(1)  # models this small are slower on more
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="folder to build the world in")
@@ -585,8 +549,6 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--heldout", type=int, help=f"pairs of a held-out set, at most [{SIZES['heldout']}]")
     parser.add_argument("--flags", action="store_true", help="print the flags of save.py for --world")
-    parser.add_argument("--gold", nargs="+", metavar="POLICY_DIR")
-    parser.add_argument("--prompts", help="prompts.jsonl for --gold")
     parser.add_argument("--report", nargs=2, metavar=("DIR", "RUN"))
     args = parser.parse_args(argv)
     if args.flags:
@@ -597,15 +559,10 @@ def main(argv=None):
             if not file.is_file():
                 parser.error(f"--report {data} {run}: no {file}, expected a world and what run.sh makes of it")
         report(data, run)
-    elif args.gold and args.prompts:
-        for policy in args.gold:
-            result = gold_reward(policy, read_prompts(args.prompts), args.seed, task=WORLDS[args.world].task)
-            print(f"{policy}: gold {result['sampled']:.4f} at T=1, {result['greedy']:.4f} greedy")
     elif args.out:
         build_and_say(Path(args.out), args.world, args.seed, args.heldout)
     else:
-        parser.error("give --out DIR, or --gold DIR ... --prompts FILE, or --report DIR RUN")
-
+        parser.error("give --out DIR, or --report DIR RUN")
 
 if __name__ == "__main__":
     transformers.logging.disable_progress_bar()

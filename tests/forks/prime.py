@@ -97,11 +97,10 @@ def prm_step(run, batch, reference, labels, keep):
         log_probs, _ = model(*save.model_inputs([batch.sequences[row] for row in rows], cfg.device), 1.0)
         rewards = cfg.prime_beta * (log_probs - reference[rows, :log_probs.shape[1]]).sum(1)
         loss = cross_entropy(rewards, labels[rows]) * len(rows) / len(kept)
-        return loss, (loss.double(),)
+        return loss, (loss,)
 
-    with run.log.time("rm_update"):
-        loss, = save.accumulate(run.prm, save.micro_batches(kept, batch.sequences, cfg.micro_tokens), micro_loss)
-        run.log.put(rm_loss=loss, rm_grad_norm=run.optimizers["prm"].step(run.lr_scale))
+    loss, = save.train_on(run, "prm", save.micro_batches(kept, batch.sequences, cfg.micro_tokens), micro_loss)
+    run.log.put(rm_loss=loss, rm_grad_norm=run.log.record.pop("prm_grad_norm"))
 
 def learn(run, batch):
     """Label, drop prompts by accuracy, score the tokens, train the PRM, train the policy on the scores from before."""
@@ -123,10 +122,23 @@ def learn(run, batch):
 
 # ---- the run --------------------------------------------------------------------------------------------------------
 def prepare(cfg):
-    """As in save.py, with --heldout in the policy's own template and tokens."""
-    words = save.AutoTokenizer.from_pretrained(cfg.policy, trust_remote_code=False)
-    with mock.patch.object(save, "pair_of", lambda row, _, limit: plain.pair_of(row, words, limit)):
-        return plain.prepare(cfg)
+    """As in save.py, with the PRM, and with --heldout in its template and tokens. Checkpoints hold its optimizer."""
+    prm = save.Policy.from_pretrained(cfg.policy, cfg.device)
+    with mock.patch.object(save, "pair_of", lambda row, rm: plain.pair_of(row, prm)):
+        run, *inputs = plain.prepare(cfg)
+    run.prm, run.optimizers["prm"] = prm, save.ShardedAdamW(prm.model, cfg.lr_prm, cfg, keep_initial=True)
+    run.optimizers["prm"].max_norm = 10.0  # PRIME's for the PRM
+    save.to_working_copy(prm, cfg)
+    return run, *inputs
+
+def train(run, *inputs):
+    """As in save.py; then the PRM is written, too."""
+    plain.train(run, *inputs)
+    run.prm.model.float()  # bf16 would lose steps as small as 1e-6
+    run.optimizers["prm"].publish(run.optimizers["prm"].masters)
+    with save.replaced_folder(Path(run.cfg.out, "rm"), run.prm.model, run.prm.tokenizer):
+        pass
+    save.say(f"implicit reward model: {Path(run.cfg.out, 'rm')}")
 
 def heldout_accuracy(run, heldout):
     """Share of pairs with r_phi(chosen) > r_phi(rejected), in percent; a tie is wrong: 0 at the start, where phi = ref.
@@ -145,26 +157,13 @@ def heldout_accuracy(run, heldout):
         run.log.put(**{f"accuracy_{name}": accuracy})
         save.say(f"  accuracy of the PRM on {name}: {accuracy:.2f} % of {len(pairs)} pairs")
 
-def each_step(run, *inputs):
-    """Around the steps: load and save the PRM. Its optimizer is one of the run's: checkpoints hold it."""
-    run.prm = save.Policy.from_pretrained(run.cfg.policy)
-    optimizer = run.optimizers["prm"] = save.ShardedAdamW(run.prm.model, run.cfg.lr_prm, run.cfg, keep_initial=True)
-    optimizer.max_norm = 10.0  # PRIME's for the PRM
-    save.to_working_copy(run.prm, run.cfg)
-    yield from plain.each_step(run, *inputs)
-    run.prm.model.float()  # bf16 would lose steps as small as 1e-6
-    optimizer.publish(optimizer.masters)
-    with save.replaced_folder(Path(run.cfg.out, "rm"), run.prm.model, run.prm.tokenizer):
-        pass
-    save.say(f"implicit reward model: {Path(run.cfg.out, 'rm')}")
-
 def main(argv=None):
     """save.main with these names of its module replaced until it returns; everything else is save.py's."""
     with mock.patch.multiple(save,
-                             prepare=prepare,                     # --heldout in the policy's tokens, not in the RM's
-                             heldout_accuracy=heldout_accuracy,   # by implicit rewards
-                             each_step=each_step,                 # around the steps: load, resume and save the PRM
-                             learn=learn):                        # a step, after its responses were sampled
+                             prepare=prepare,                    # the PRM; --heldout in its tokens, not in the RM's
+                             train=train,                        # writes the PRM at the end
+                             heldout_accuracy=heldout_accuracy,  # by implicit rewards
+                             learn=learn):                       # a step, after its responses were sampled
         save.main(argv, Config)
 
 if __name__ == "__main__":

@@ -141,12 +141,12 @@ def sample(run, *args):
     return batch
 
 def prepare(cfg):
-    """The same for held-out pairs, which come as text."""
+    """As in save.py, with the same for held-out pairs, which come as text. Then R2M takes the RM's place."""
     words = save.AutoTokenizer.from_pretrained(cfg.policy, trust_remote_code=False)
 
-    def pair_of(row, tokenizer, limit):
+    def pair_of(row, rm):
         with mock.patch.object(save, "encode_responses", encode_responses):
-            return plain.pair_of(row, tokenizer, limit)
+            return plain.pair_of(row, rm)
 
     def encode_responses(tokenizer, messages, responses):
         prompt = save.encode_chats(words, [messages], generation_prompt=True)[0]
@@ -155,7 +155,10 @@ def prepare(cfg):
                 zip(plain.encode_responses(tokenizer, messages, responses), said)]
 
     with mock.patch.object(save, "pair_of", pair_of):
-        return plain.prepare(cfg)
+        run, *inputs = plain.prepare(cfg)
+    run.rm = R2M(run.rm, run.policy, cfg)
+    run.optimizers["rm"] = save.ShardedAdamW(run.rm, cfg.lr_rm, cfg)
+    return run, *inputs
 
 def model_inputs(sequences, device):
     """For a reward model's rows also policy_ids (n,S) right-padded and policy_lengths (n,)."""
@@ -183,20 +186,13 @@ def learn(run, batch):
     run.log.put(own_share=run.rm.w, state_shift=(batch.rewards - before).abs().mean())
     reward_model_step(run, batch, *pair)
 
-def each_step(run, *inputs):
-    """Both models are loaded by now: build R2M from them, and its optimizer, then go on as save.py does."""
-    run.rm = R2M(run.rm, run.policy, run.cfg)
-    run.optimizers["rm"] = save.ShardedAdamW(run.rm, run.cfg.lr_rm, run.cfg)
-    yield from plain.each_step(run, *inputs)
-
 def main(argv=None):
     """save.main with these names of its module replaced until it returns."""
     with mock.patch.multiple(save,
-                             prepare=prepare,            # held-out pairs in the policy's tokens too
+                             prepare=prepare,            # R2M; held-out pairs in the policy's tokens too
                              sample=sample,              # responses: keep the policy's tokens with the RM's
                              model_inputs=model_inputs,  # so that both reach R2M.features
-                             learn=learn,                # a step of the reward model after that of the policy
-                             each_step=each_step):       # R2M in place of the RM, and its optimizer
+                             learn=learn):               # a step of the reward model after that of the policy
         save.main(argv, Config)
 
 if __name__ == "__main__":
