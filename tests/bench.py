@@ -7,10 +7,8 @@
     python tests/bench.py steps --policy DIR --rm DIR --prompts FILE   a SAVE step beside a step with the RM frozen
     python tests/bench.py trl --policy DIR --rm DIR                    a GRPO and a SAVE step beside TRL's GRPOTrainer
     python tests/bench.py log_probs --policy DIR   log-probs and their gradient beside whole logits
-    python tests/bench.py gains --policy DIR --rm DIR    each technique beside the same code without it
     python tests/bench.py models --out DIR [--size full]               random weights, of the paper's shapes or tiny
     python tests/bench.py phases --policy DIR --rm DIR --prompts FILE  seconds, memory and utilisation of each phase
-    python tests/bench.py growth --policy DIR --rm DIR --prompts FILE  a step by group size, response length and ranks
     python tests/bench.py scoring --rm DIR --pairs FILE --rewardbench DIR   eval.py beside the rewardbench package
 
 Each figure is the median over --repeats; ratios are taken pair by pair. CPU seconds are those of the whole process.
@@ -19,7 +17,6 @@ Flags that are not of this file go to save.py.
 import argparse
 import dataclasses
 import importlib.util
-import inspect
 import itertools
 import json
 import os
@@ -298,69 +295,6 @@ def log_probs_variant(args):
     with torch.set_grad_enabled(backward):
         print_measured(lambda: sum(map(summed, batches)), "sum")
 
-# ---------------------------------------------------------------- each technique beside the same code without it
-def without(function, line, plain):
-    """`function` of save.py with one expression of its source replaced."""
-    source = inspect.getsource(function)
-    if source.count(line) != 1:
-        raise ValueError(f"{function.__name__} has {source.count(line)} times {line!r}, expected 1")
-    names = dict(vars(save))
-    exec(source.replace(line, plain), names)
-    return names[function.__name__]
-
-def bench_gains(args):
-    """CPU seconds without each technique over those with it, in turn. Rollouts: seconds per token."""
-    policy = save.Policy.from_pretrained(args.policy).float()
-    rm = new_reward_model(args.rm)
-    short = [save.encode_chats(policy.tokenizer, [[{"role": "user", "content": text}]], True)[0] for text in SHORT]
-    long = [ids * 10 for ids in short[:1]]  # of about 350 tokens
-    keep_all = without(save.decode, "len(running) <= len(rows) * 7 // 8", "False")
-    chats = chats_of(40 + log_normal(32), 40)
-
-    def sampled(seed, group=16, ids=short, decode=save.decode, **change):
-        seeds = [save.seed_for(seed, row) for row in range(len(ids) * 16)]
-        prompts = ids if group > 1 else [prompt for prompt in ids for _ in range(16)]
-        with unittest.mock.patch.object(save, "decode", decode):
-            responses, _ = save.rollout(policy, prompts, group, seeds, max_new_tokens=48, **SAMPLING | change)
-        return sum(map(len, responses))
-
-    def scored(in_order=False):
-        batches = (lambda rows, *_: [list(rows)[i:i + 8] for i in range(0, 32, 8)]) if in_order else save.micro_batches
-        with unittest.mock.patch.object(save, "micro_batches", batches):
-            save.score(rm, chats, 8 * 130)
-        return 1
-
-    def updated(rows):
-        back_propagate(rm, save.micro_batches(rows, chats, 1024), chats, torch.ones(len(chats)))
-        return 1
-
-    def values():  # V from a pass over the prompts alone, one for each group of 16
-        save.score(rm, [(chat[:40], 40) for chat, _ in chats[::16]], 1024)
-        return scored()
-
-    cases = {
-        "rollout": (sampled, {"a prefill for each response": lambda seed: sampled(seed, group=1),
-                              "ended rows kept": lambda seed: sampled(seed, decode=keep_all),
-                              "the whole vocabulary sorted": lambda seed: sampled(seed, top_k=0)}),
-        "rollout, long prompts": (lambda seed: sampled(seed, ids=long), {
-            "a prefill for each response": lambda seed: sampled(seed, group=1, ids=long)}),
-        "score": (lambda seed: scored(), {"batches of 8 in order": lambda seed: scored(True),
-                                          "V from a pass of its own": lambda seed: values()}),
-        "RM update": (lambda seed: updated(range(0, 32, 2)),
-                      {"rows without a gradient too": lambda seed: updated(range(32))})}
-    ratios = {}
-    for seed in tqdm(range(args.repeats), leave=False):
-        for phase, (ours, plain) in cases.items():
-            seconds = {}
-            for name, run in {"": ours, **plain}.items():
-                start = time.process_time()
-                count = run(seed)
-                seconds[name] = (time.process_time() - start) / count
-            for name in plain:
-                ratios.setdefault((phase, name), []).append(seconds[name] / seconds[""])
-    for (phase, name), runs in ratios.items():
-        print(f"{phase}, {name}: x {spread(runs)}, {len(runs)} repeats")
-
 # ---------------------------------------------------------------- phases, at full size and how they grow
 def llm(layers, hidden, heads, inner, words, tied=True, kv_heads=8, head_dim=128):
     """The shape of a model of the Qwen3 or Llama family, as their configurations have it."""
@@ -371,8 +305,7 @@ def llm(layers, hidden, heads, inner, words, tied=True, kv_heads=8, head_dim=128
 MODELS = {  # policy and reward model: Qwen3-4B and Llama-3.2-3B (the paper's), Qwen3-8B and Llama-3.1-8B
     "4B + 3B": (llm(36, 2560, 32, 9728, 151936), llm(28, 3072, 24, 8192, 128256)),
     "8B + 8B": (llm(36, 4096, 32, 12288, 151936, False), llm(32, 4096, 32, 14336, 128256, False))}
-SHAPES = {"full": MODELS["4B + 3B"], "small": (llm(6, 256, 8, 768, 8192, kv_heads=4, head_dim=32),) * 2,  # for `growth`
-          "tiny": (llm(2, 64, 4, 128, 512, kv_heads=2, head_dim=16),) * 2}
+SHAPES = {"full": MODELS["4B + 3B"], "tiny": (llm(2, 64, 4, 128, 512, kv_heads=2, head_dim=16),) * 2}
 
 def make_models(args):
     """policy/, rm/ and prompts.jsonl with random weights, for --temperature 50: any word may come next.
@@ -449,23 +382,6 @@ def bench_phases(args):
                 f"{rows * result['tokens'] / seconds:.4g} tokens/s"
             print(f"  {phase:<14} {seconds:8.3f} s  {rate}  {result.get(phase + '_gb', float('nan')):.1f} GB")
 
-def bench_growth(args):
-    """Seconds a step and host memory: group size, response length, ranks; each beside the first of its kind.
-    The models of `models --size small`; tokens are those of prompts and responses that the step went through."""
-    words = ("--batch 4 --group 8 --max_new_tokens 64 --max_prompt_tokens 64 --value_prompts 4 --value_k 4 "
-             "--rm_update mean_reward --m0 0 --temperature 50 --top_k 0 --top_p 1").split()
-    for flag, sizes in {"--group": (4, 8, 16), "--max_new_tokens": (32, 64, 128), "ranks": (1, 2)}.items():
-        first = None
-        for n in sizes:
-            args.ranks = n if flag == "ranks" else 1
-            result = phases(args, *words, *([] if flag == "ranks" else [flag, str(n)]))
-            result["count"] = 4 * (n if flag == "--group" else 8) * (args.prompt_tokens + result["tokens"])
-            first = first or result
-            print(f"{flag} {n}: {result['spread']} s a step, "
-                  f"x {result['step_seconds'] / first['step_seconds']:.2f} for x "
-                  f"{result['count'] / first['count']:.2f} tokens ({result['count']:.0f}); "
-                  f"{result['ended']:.0%} of the rows train the RM; {result['host_gb'] * 1000:.0f} MB", flush=True)
-
 def rewardbench_pipeline(folder, path):
     """RewardBenchPipeline of rewardbench 0.1.4 on the stock model, set up as scripts/run_rm.py does, in fp32."""
     file = pathlib.Path(folder, "rewardbench", "models", "pipeline.py")
@@ -537,8 +453,8 @@ def bench_memory(args):
         row(models, Qwen3Config(**policy), LlamaConfig(**rm), ranks, dataclasses.replace(cfg, offload=offload))
 
 BENCHES = {"memory": bench_memory, "rollout": bench_rollout, "rm_memory": bench_rm_memory, "steps": bench_steps,
-           "trl": bench_trl, "log_probs": bench_log_probs, "gains": bench_gains, "models": make_models,
-           "phases": bench_phases, "growth": bench_growth, "scoring": bench_scoring}
+           "trl": bench_trl, "log_probs": bench_log_probs, "models": make_models,
+           "phases": bench_phases, "scoring": bench_scoring}
 VARIANTS = {"rm_memory": rm_memory_variant, "trl": trl_variant, "log_probs": log_probs_variant}
 
 def main(argv=None):
