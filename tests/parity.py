@@ -38,7 +38,8 @@ CASES = {  # flags; ensemble takes models of the cases value*
     "prime": "--lr_prm 1e-3", "laptop": "", "laptop_rloo": "--algo rloo --steps 20",
     "laptop_gspo4": "--algo gspo --num_minibatches 4 --steps 20"}
 FORKS = "hl_bt balanced reinforce_pp verifier offline ensemble r2m prime".split()
-MAY_LACK = {"usable", "deflation", "common_push", "value_rmse", "spread_after", "kept", "reward_spread"}  # one of the two may
+# columns that one of the two may lack (the last two: in stage value)
+MAY_LACK = {"usable", "deflation", "common_push", "value_rmse", "spread_after", "kept", "reward_spread"}
 
 def python(checkout, words, log):
     """Run this interpreter in a checkout -> its output, which `log` gets too."""
