@@ -489,7 +489,7 @@ def each_step(run, stage, rows, heldout, saved):
             p.data.copy_(parts[key].pop("master"))
             optimizer.adamw.state[p] = {kind: x.to(p.device, copy=True) for kind, x in parts[key].items()}
         optimizer.publish(optimizer.masters)
-    parts = saved.clear()  # unmapped
+    parts = saved.clear()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.append(True))
     if not done:
@@ -638,7 +638,7 @@ def to_working_copy(module, cfg):
     """To --dtype, but for the reward head and buffers."""
     for name, p in module.model.named_parameters():
         dtype = torch.float32 if name == "score.weight" else getattr(torch, cfg.dtype)
-        p.data = dithered(torch.empty_like(p, dtype=dtype, device=cfg.device), p.data, name)
+        p.data = p.data if p.dtype == dtype else dithered(torch.empty_like(p, dtype=dtype), p.data, name)
     if cfg.device != "cpu":  # recompute activations
         module.model.gradient_checkpointing_enable({"use_reentrant": False})
     return module.to(cfg.device)
