@@ -589,10 +589,11 @@ def answers_of(cfg, policy, questions, name):
     return answers
 
 def without_thinking(text):
-    """What follows the last </think>, "" while <think> is open; and a column with the text before, if they differ."""
-    answer = text.rpartition("</think>")[2]
-    answer = "" if "<think>" in answer else answer
-    return (text, {}) if answer == text else (answer.strip(), {"with_thinking": text})
+    """Of a text that begins with <think> what follows the last </think>, if any; and a column with the whole text."""
+    if not text.lstrip().startswith("<think>"):
+        return text, {}
+    answer = text.rpartition("</think>")[2].strip()
+    return "" if "<think>" in answer else answer, {"with_thinking": text}
 
 def evaluate_policy(cfg):
     """All --bench of the policy: answers on every rank, files on rank 0."""

@@ -294,6 +294,7 @@ def sample(run, prompts, group, step, purpose="rollout"):
     texts, chats = run.policy.tokenizer.batch_decode(responses, skip_special_tokens=True), []
     for i, (messages, _) in enumerate(own):
         chats += encode_responses(run.rm.tokenizer, messages, texts[i * group:(i + 1) * group])
+    chats = [(ids[:run.rm.model.positions], n) for ids, n in chats]  # they may be longer there
     sequences = [(own[i // group][1] + ids, len(own[i // group][1])) for i, ids in enumerate(responses)]
     numbers = torch.tensor([ended, [len(ids) for ids in responses]], device=cfg.device)
     ended, lengths = gather(numbers.view(2, -1, group).transpose(0, 1)).unbind(1)
@@ -429,8 +430,8 @@ def train(run, rows, heldout, saved):
         each_step(run, "save", rows, heldout, saved)
         learned = (out / Log.files[0]).read_text().count("rm_grad_norm") if RANK == 0 else 0
         say(f"the RM learned in {learned} of {cfg.steps} steps")
-    if cfg.stage == "value":  # all but the head as it came
-        rm.model = RewardModel.from_pretrained(cfg.rm).model if RANK == 0 else rm.model
+    if cfg.stage == "value" and RANK == 0:  # all but the head as it came
+        rm.model = RewardModel.from_pretrained(cfg.rm).model
     if "rm" in optimizers:
         rm.model.float()
         optimizers["rm"].publish(optimizers["rm"].masters)
@@ -523,11 +524,11 @@ def load(kind, path, device):
     """A model in its own precision, without dropout, and its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     with open(f"/tmp/save_{os.getuid()}", "w") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)  # by turns: host memory holds one
+        fcntl.flock(turn, fcntl.LOCK_EX)
         model, info = kind.from_pretrained(path, dtype="auto", output_loading_info=True, trust_remote_code=False)
         model = model.eval().to(device)
     expect(not info["missing_keys"], f"it lacks {sorted(info['missing_keys'])[:3]}")
-    with tempfile.TemporaryDirectory() as folder:  # or it fails when all is done
+    with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, state_dict={})
     for module in map(vars, model.modules()):  # two passes must be equal
         rates = [name for name, x in module.items() if isinstance(x, float) and re.search("drop|jitter|^p$", name)]
@@ -544,8 +545,8 @@ class RewardModel(nn.Module):
         [(chat, start)] = encode_responses(tokenizer, [{"role": "user", "content": "a"}], ["b"])
         expect(len(chat) > start, "its chat template leaves out the response")
         # stock pooling skips the pad at the end: it is no text
-        config, rows = model.config.get_text_config(), model.get_input_embeddings().num_embeddings
-        special = [i for i, x in tokenizer.added_tokens_decoder.items() if x.special and chat[-1] != i < rows]
+        config, known = model.config.get_text_config(), tokenizer.added_tokens_decoder.items()
+        special = [i for i, x in known if x.special and x.content[1:] and chat[-1] != i < config.vocab_size]
         pads = sorted(special, key=lambda i: (i != tokenizer.pad_token_id, i != config.pad_token_id, i in chat))
         config.pad_token_id = tokenizer.pad_token_id = expect(pads, "it needs a pad_token")[0]
         self.value_head = nn.Linear(model.score.in_features, 1)
@@ -626,7 +627,7 @@ def dithered(target, source, name):
     """Copy. In bf16 every change shows, its own grid stays: add 16 random bits, fixed by the name, and cut 16. To
     nearest, changes below half a step hide: all at lr 1e-7."""
     numbers = torch.Generator(target.device).manual_seed(seed_for(name))
-    for to, x in zip(target.view(-1).split(2 ** 24), source.view(-1).split(2 ** 24)):  # 64 MB of bits
+    for to, x in zip(target.view(-1).split(2 ** 24), source.view(-1).split(2 ** 24)):
         x = x.to(target.device, torch.float32)
         if target.dtype == torch.bfloat16:
             bits = torch.randint(2 ** 16, x.shape, generator=numbers, dtype=torch.int32, device=x.device)
@@ -749,8 +750,7 @@ class ShardedAdamW:
         return norm
 
 # ---- 9. ranks: the only place that knows torch.distributed
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(x, x == "WORLD_SIZE")) for x in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 NO_BAR = None if RANK == 0 else True  # of tqdm: bars on rank 0's terminal
 
 def start_ranks(device):
@@ -810,7 +810,7 @@ def train_on(run, name, batches, micro_loss):
             knobs = {"init_sync": False, "gradient_as_bucket_view": True, "find_unused_parameters": True, **cap}
             wrapped = nn.parallel.DistributedDataParallel(model, **knobs)
         for rows in batches or [[0]]:
-            wrapped.require_backward_grad_sync = not batches or rows is batches[-1]  # exchanged once
+            wrapped.require_backward_grad_sync = not batches or rows is batches[-1]
             loss, numbers = micro_loss(wrapped, rows)
             (loss * weight * WORLD).backward()  # DDP averages over ranks
             sums.append([number.detach() * weight for number in numbers])
@@ -828,7 +828,8 @@ def encode_chats(tokenizer, chats, generation_prompt=False):
     plain = functools.partial(pattern.sub, lambda m: m[0][0] + " " + m[0][1:])
     chats = [[{"role": plain(x["role"]), "content": plain(x["content"])} for x in chat] for chat in chats]
     date, template = datetime.datetime(2024, 7, 26), tokenizer.get_chat_template()  # not now
-    template = re.sub(r"strftime_now\(['\"](.*?)['\"]\)", lambda m: repr(date.strftime(m[1])), template)
+    pinned = "".join(f"|replace('%{c}', '{date:%{c}}')" for c in "aAbBdHIjmMpSyYeF")
+    template = "{% macro strftime_now(format) %}{{ format" + pinned + " }}{% endmacro %}" + template
     knobs = {"add_generation_prompt": generation_prompt, "date_string": "26 Jul 2024", "tokenize": False}
     texts = tokenizer.apply_chat_template(chats, chat_template=template, **knobs)
     texts = [text.encode("utf-8", "replace").decode() for text in texts]
@@ -886,15 +887,14 @@ def as_messages(value, where, role="user"):
 def prompt_of(row, cfg, policy, rm):
     """[(messages, policy ids)] of text, messages or {"prompt": either}; [] if known responses are long (F.1)."""
     row = row if isinstance(row, dict) else {"prompt": row}
-    expect("prompt" in row, f"expected a column prompt, got {', '.join(row)}")
-    messages = as_messages(row["prompt"], "prompt")
+    expect({"prompt", "chosen"} & {*row}, f"expected a column prompt, got {', '.join(row)}")
+    messages, known = as_pair(row) if {"chosen", "rejected"} <= {*row} else (as_messages(row["prompt"], "prompt"), [])
     expect(messages[-1]["role"] != "assistant", "expected no answer at its end")
     [ids] = encode_chats(policy.tokenizer, [messages], generation_prompt=True)
     [(chat, _)] = encode_responses(rm.tokenizer, messages, [""])  # what the RM cannot read
     room = min(policy.model.positions, rm.model.positions + len(ids) - len(chat)) - cfg.max_new_tokens
     limit = min(cfg.max_prompt_tokens, room)
     expect(0 < len(ids) <= limit, f"{len(ids)} tokens, expected at most {limit}: --max_prompt_tokens, contexts")
-    known = [as_messages(row[side], side)[-1]["content"] for side in ("chosen", "rejected") if side in row]
     lengths = [len(policy.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in known]
     return [(messages, ids)] if max(lengths, default=0) <= cfg.max_new_tokens else []
 
@@ -970,7 +970,7 @@ def save_checkpoint(run):
     for name, optimizer in run.optimizers.items():
         of = optimizer.adamw.state
         state["optimizers"][name] = {key: {"master": p.detach(), **of[p]} for key, p in optimizer.masters.items()}
-    with replaced_folder(out / f"checkpoints/step_{run.step:06d}") as folder, blamed("no checkpoint"):  # a full disk
+    with replaced_folder(out / f"checkpoints/step_{run.step:06d}") as folder, blamed("no checkpoint"):
         torch.save(state, folder / f"rank_{RANK:05d}.pt")
     for old in sorted(out.glob("checkpoints/step_" + 6 * "[0-9]"))[:-2] if RANK == 0 else ():
         shutil.rmtree(old)

@@ -106,7 +106,7 @@ def test_a_chat_has_exactly_one_bos_where_one_is_wanted(template, bos, adds_bos,
 
 @pytest.mark.parametrize("date", [
     "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}",
-    "{{ strftime_now('%d %b %Y') }}", '{{ strftime_now("%d %b %Y") }}'])
+    "{{ strftime_now(format='%d %b %Y') }}", "{% set f = '%d %b ' %}{% set now = strftime_now %}{{ now(f + '%Y') }}"])
 def test_the_date_in_a_template_is_pinned(date):
     words = tokenizer("{{ '<system>Today Date: ' }}" + date + CHAT)
     assert words.decode(save.encode_chats(words, [ASK])[0]) == "<system>Today Date: 26 Jul 2024<user>abc<end>"
@@ -160,6 +160,9 @@ def test_prompts_may_be_strings_messages_or_objects():
     for row in ("abc", ASK, {"prompt": "abc"}, {"prompt": ASK}, {"prompt": "abc", "chosen": "a" * 9}):
         assert save.prompt_of(row, cfg, pi, rm) == want
     assert save.prompt_of({"prompt": "abc", "chosen": "a", "rejected": "a" * 10}, cfg, pi, rm) == []  # F.1
+    turns = [{"role": "system", "content": "s"}, *ASK]  # chats have more of the prompt than the column
+    sides = {side: turns + [{"role": "assistant", "content": "a"}] for side in ("chosen", "rejected")}
+    assert save.prompt_of({"prompt": "abc", **sides}, cfg, pi, rm)[0][0] == turns
 
 @pytest.mark.parametrize("positions, rm_positions, most", [(2048, 2048, 1024), (109, 2048, 100), (2048, 109, 98)])
 def test_prompts_that_leave_no_room_for_a_response_are_refused(positions, rm_positions, most):
@@ -190,7 +193,7 @@ def test_pairs_may_be_strings_or_chats_with_or_without_a_prompt_column():
         texts = [(tokenizer().decode(ids), length) for ids, length in pair]
         assert texts == [("<user>abc<end><assistant>good<end>", 5), ("<user>abc<end><assistant>bad<end>", 5)]
     for row in ({"prompt": "other", "chosen": good, "rejected": bad}, {"chosen": good[-1:], "rejected": bad[-1:]}):
-        with pytest.raises(save.UsageError, match="expected a prompt and one turn"):
+        with pytest.raises(save.UsageError, match="expected a prompt, or chats with it"):
             save.pair_of(row, rm)
 
 # ---------------------------------------------------------------- the reward model

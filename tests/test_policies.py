@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on_and_another_policy_starts_anew(world, data, monkey
 
 @pytest.mark.parametrize("text, answer", [
     ("a < b <think", "a < b <think"), ("", ""), (" a\n", " a\n"),        # no thinking: as it is
-    ("<think>\nb\n</think>\n\na\n", "a"), ("b</think>a", "a"),          # its beginning may be in the prompt
+    ("<think>\nb\n</think>\n\na\n", "a"), ("Use <think>x</think>", "Use <think>x</think>"),  # words about it
     ("<think>b</think>c<think>d</think>a", "a"), ("<think>b</think>", ""),
     ("<think>b", ""), ("<think>b</think>c<think>d", "")])                 # cut while thinking: no answer yet
 def test_thinking_is_cut_out_of_the_answer_and_kept_beside_it(text, answer):
