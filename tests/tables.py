@@ -95,9 +95,7 @@ def call(script, *words):
 
 def build(out, world, seed, heldout=()):
     """The folder of a world with a value head, DIR/value/rm. What `few` has of the same seed is taken from there.
-
-    heldout: how many pairs a held-out set of a world that is built has, as words for toy.py.
-    """
+    heldout: how many pairs a held-out set of a world that is built has, as words for toy.py."""
     data, few = out / f"{world}-{seed}", out / f"few-{seed}"
     if not (data / "world.json").is_file():
         if toy.WORLDS[world].task == "binary" and (few / "world.json").is_file():
@@ -210,9 +208,7 @@ def mean_and_error(values, sign="", digits=2):
 
 def initial_accuracy(rows):
     """{seed: mean accuracy over the held-out sets of the world's RM} from its first row, the frozen RM if that was run.
-
-    Not every row starts from it: PRIME's reward model is at first a policy, which tells no pair apart.
-    """
+    Not every row starts from it: PRIME's reward model is at first a policy, which tells no pair apart."""
     accuracy = {}
     for row in rows.values():
         for seed, run in row.items():

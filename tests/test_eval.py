@@ -118,7 +118,6 @@ def plain_score(path, prompt, response):
         return model(input_ids=ids["input_ids"]).logits[0, 0].item()
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("budget", [1, 64, 100000])
 def test_scores_are_those_of_plain_transformers(world, tmp_path, budget):
     run("--rm", world / "rm", "--bench", world / "heldout_id.jsonl", "--out", tmp_path, "--micro_tokens", budget)
@@ -186,7 +185,6 @@ def test_rewardbench2_cuts_on_the_right_as_its_script_does(rms, data, tmp_path, 
     assert set(map(tuple, seen)) == want  # one batch, padded with 0
 
 # ---- six benchmarks -------------------------------------------------------------------------------------------------
-
 def test_all_six_and_their_average(everything, rms):
     for rm in map(str, rms):
         result = results(everything)[rm]
@@ -259,7 +257,6 @@ def test_part_of_rmbench_is_said_to_be_a_part(rms, data, tmp_path, capsys):
     assert "only 12 of 1327 rows, not comparable" in capsys.readouterr().out
 
 # ---- two reward models ----------------------------------------------------------------------------------------------
-
 def test_the_difference_is_paired(world, rms, tmp_path):
     same = tmp_path / "same"
     shutil.copytree(rms[0], same)
@@ -273,7 +270,6 @@ def test_the_difference_is_paired(world, rms, tmp_path):
     assert high - low < (other["interval"]["average"][1] - other["interval"]["average"][0]) * 2 ** 0.5
 
 # ---- cache and ranks ------------------------------------------------------------------------------------------------
-
 def count_texts(monkeypatch, stop_after=None):
     """Count the texts that pass the model; raise after some, as a kill would."""
     seen, forward = [], save.RewardModel.forward
@@ -357,7 +353,6 @@ def test_no_row_counts_twice(rms, data, tmp_path, capsys, other):
     assert "expected one of" in line and other in line and "judgebench/gpt.jsonl" in line
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
-
 GOOD = {"prompt": "copy a", "chosen": "a", "rejected": "b"}
 
 def said_by(*turns):

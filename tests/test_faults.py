@@ -68,7 +68,6 @@ def names(out):
     return sorted(path.name for path in (out / "checkpoints").iterdir())
 
 # ---- kills ----------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_well(world, straight, tmp_path, monkeypatch, capsys, number):
     out = tmp_path / "out"
@@ -142,7 +141,6 @@ def test_twenty_kills(world, tmp_path):
     same_as(tmp_path / "straight", tmp_path / "out")
 
 # ---- disks ----------------------------------------------------------------------------------------------------------
-
 def test_a_full_disk_leaves_the_checkpoint_before(world, straight, tmp_path, monkeypatch, capsys):
     """A limit on the size of files, from step 3 on: the checkpoint of step 4 does not fit."""
     out, limit = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -169,7 +167,6 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_written(world, tmp_path, c
         assert (out / "metrics.jsonl").read_bytes() == log
 
 # ---- bad values and too little memory -------------------------------------------------------------------------------
-
 def bad_reward(monkeypatch, value):
     score = save.score
 
@@ -214,7 +211,6 @@ def test_out_of_memory_is_one_line_with_the_flags_to_lower(world, tmp_path, monk
     assert all(flag in line for flag in ("--micro_tokens", "--cache_tokens", "--max_new_tokens", "--offload"))
 
 # ---- odd responses --------------------------------------------------------------------------------------------------
-
 def rigged(monkeypatch, respond):
     """Replace sampling: respond(row number, eos id) -> token ids and whether it ended."""
     def rollout(policy, prompt_ids, group, seeds, **knobs):
@@ -254,7 +250,6 @@ def test_any_text_goes_through(world, tmp_path):
     assert all(x.isfinite().all() for x in load_file(out / RM).values()) and samples(out).keys() == {1, 2}
 
 # ---- soak -----------------------------------------------------------------------------------------------------------
-
 @pytest.mark.slow
 def test_two_thousand_steps_stay_as_they_were(world, tmp_path, monkeypatch):
     """Peak memory, CPU time of a step and the number of files do not grow."""

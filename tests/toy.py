@@ -132,9 +132,7 @@ def unique_prompts(n, rng, task="binary"):
 
 def demonstration(prompt, rng, task="binary"):
     """What the policy learns from: half are right, in the others each symbol is drawn again at 50 %.
-
-    Graded: how many are careless depends on the prompt, so that V can be learned from it. Style: half say "indeed".
-    """
+    Graded: how many are careless depends on the prompt, so that V can be learned from it. Style: half say "indeed"."""
     words, name = list(answer(prompt)), prompt.split()[0]
     careless = 0.5
     if task == "graded":
@@ -361,9 +359,7 @@ def labelled_prompts(prompts, labelled):
 
 def build_world(path, world="few", seed=0, many=None):
     """Write a whole laptop world to `path`; what was measured on the way goes to world.json.
-
-    many: pairs of a held-out set. More of them leave the rest of the world as it is.
-    """
+    many: pairs of a held-out set. More of them leave the rest of the world as it is."""
     many = many or SIZES["heldout"]
     more = max(0, many - SIZES["heldout"])
     spec, task, label = WORLDS[world], WORLDS[world].task, functools.partial(gold, task=WORLDS[world].task)
@@ -508,9 +504,7 @@ def print_accuracies(file):
 
 def interval(changes, draws=2000):
     """95 % bootstrap interval of the mean over sets of their mean change, in points.
-
-    changes: for each set the (n,) changes of its pairs, -1, 0 or 1. Pairs are drawn again within their set.
-    """
+    changes: for each set the (n,) changes of its pairs, -1, 0 or 1. Pairs are drawn again within their set."""
     generator = torch.Generator().manual_seed(0)
     means = torch.stack([change[torch.randint(len(change), (draws, len(change)), generator=generator)].mean(1)
                          for change in changes]).mean(0)

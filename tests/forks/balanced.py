@@ -16,10 +16,8 @@ import save  # noqa: E402
 
 def balanced_loss(rewards, values, positive, negative, usable=None):
     """mean_{Y+} softplus(V - R) + mean_{Y-} softplus(R - V), mean over valid prompts, 0 if there is none.
-
     rewards, masks (P,G); values (P,), without gradient. `usable`: Y+ and Y- are within it already.
-    dL/dR = -sigmoid(V - R) / |Y+| on Y+, sigmoid(R - V) / |Y-| on Y-.
-    """
+    dL/dR = -sigmoid(V - R) / |Y+| on Y+, sigmoid(R - V) / |Y-| on Y-."""
     margin = save.at_least_fp32(rewards) - save.at_least_fp32(values.detach())[:, None]
     loss = save.masked_mean(F.softplus(-margin), positive, 1) + save.masked_mean(F.softplus(margin), negative, 1)
     return save.masked_mean(loss, positive.any(1) & negative.any(1))

@@ -16,9 +16,7 @@ import save  # noqa: E402
 
 def highest_lowest_loss(rewards, usable=None):
     """Eq. 2 on the highest and the lowest usable reward of each group: mean of -log sigmoid(R_max - R_min).
-
-    rewards, usable (P,G) -> scalar. Groups of equal rewards give nothing and do not count.
-    """
+    rewards, usable (P,G) -> scalar. Groups of equal rewards give nothing and do not count."""
     rewards = save.at_least_fp32(rewards)
     usable = torch.ones_like(rewards, dtype=torch.bool) if usable is None else usable
     # index the two rows (amax would share the gradient among equals); groups without a usable row become a tie

@@ -59,10 +59,8 @@ def accuracy_filter(labels):
 
 def prime_advantages(token_rewards, mask, labels):
     """Eq. 5, gamma 1. token_rewards, mask (P,G,T), labels (P,G) -> (P,G,T), 0 where masked.
-
     A_t^i = sum_{s>=t} [r_phi(y_s^i) - mean_{j!=i} rbar_phi(y^j)] + r_o^i - mean_{j!=i} r_o^j, where rbar is the mean
-    over the tokens of a response: each later token has its own baseline taken off.
-    """
+    over the tokens of a response: each later token has its own baseline taken off."""
     def others_mean(x):
         return (x.sum(1, keepdim=True) - x) / (x.shape[1] - 1)
 
@@ -142,10 +140,8 @@ def train(run, *inputs):
 
 def heldout_accuracy(run, heldout):
     """Share of pairs with r_phi(chosen) > r_phi(rejected), in percent; a tie is wrong: 0 at the start, where phi = ref.
-
     The generation prompt counts as response here: the same tokens and rewards on both sides. What a template puts
-    after the last EOS does not, a policy never writes it.
-    """
+    after the last EOS does not, a policy never writes it."""
     def until_eos(ids, length):
         ends = [i + 1 for i in range(length, len(ids)) if ids[i] in run.prm.eos_ids]
         return ids[:ends[-1] if ends else None], length

@@ -57,9 +57,7 @@ def pair_loss(rewards, highest, lowest):
 
 def entropy_loss(rewards):
     """L_GRE = -sum_j p_j log p_j, p = softmax((r - mean) / std), std of the population. rewards (P,G).
-
-    Mean over groups with a spread; fp64, where the std of equal rewards is exactly 0.
-    """
+    Mean over groups with a spread; fp64, where the std of equal rewards is exactly 0."""
     rewards = rewards.double()
     variance = rewards.var(1, correction=0)
     std = torch.where(variance > 0, variance, 1).sqrt()

@@ -16,10 +16,8 @@ import save  # noqa: E402
 
 def reinforce_advantages(rewards, kl, mask, total=None):
     """A_t = r - sum_{s>=t} kl_s, then (A - mean) / std over all tokens. rewards (N,), kl, mask (N,T) -> (N,T).
-
     No discount; population variance, so long responses weigh more. `total` sums numbers over ranks, which whiten
-    together. 0 where masked.
-    """
+    together. 0 where masked."""
     to_go = torch.where(mask, kl, 0).flip(1).cumsum(1).flip(1)
     returns = torch.where(mask, rewards[:, None] - to_go, 0).double()
     sums = [mask.sum().item(), returns.sum().item(), returns.square().sum().item()]
