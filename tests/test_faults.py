@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -76,6 +77,8 @@ def test_a_signal_saves_and_ends_well(world, straight, tmp_path, monkeypatch, ca
         ends(capsys, 0, words(world, out))
     assert names(out) == ["step_000002", "step_000003"] and not (out / "rm").exists()
     save.main(words(world, out))
+    said = capsys.readouterr().out
+    assert "save: from step 4 on\n" in said and re.search(r"the RM learned in \d of 6 steps", said)
     same_as(straight, out)
 
 @pytest.mark.parametrize("where", ["prepare", "value_stage"])
