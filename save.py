@@ -294,7 +294,7 @@ def sample(run, prompts, group, step, purpose="rollout"):
     texts, chats = run.policy.tokenizer.batch_decode(responses, skip_special_tokens=True), []
     for i, (messages, _) in enumerate(own):
         chats += encode_responses(run.rm.tokenizer, messages, texts[i * group:(i + 1) * group])
-    chats = [(ids[:run.rm.model.positions], n) for ids, n in chats]  # they may be longer there
+    chats = [(ids[:getattr(run.rm.model, "positions", None)], n) for ids, n in chats]
     sequences = [(own[i // group][1] + ids, len(own[i // group][1])) for i, ids in enumerate(responses)]
     numbers = torch.tensor([ended, [len(ids) for ids in responses]], device=cfg.device)
     ended, lengths = gather(numbers.view(2, -1, group).transpose(0, 1)).unbind(1)
@@ -526,7 +526,7 @@ def load(kind, path, device):
     with open(f"/tmp/save_{os.getuid()}", "w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         model, info = kind.from_pretrained(path, dtype="auto", output_loading_info=True, trust_remote_code=False)
-        model = model.eval().to(device)
+        model = model.to(device)
     expect(not info["missing_keys"], f"it lacks {sorted(info['missing_keys'])[:3]}")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, state_dict={})
@@ -540,7 +540,7 @@ class RewardModel(nn.Module):
     """f_omega `model.base_model`, h_phi `model.score`, v_psi `value_head`. Heads in fp32: bf16 makes ties."""
     def __init__(self, model, tokenizer, value_head=None):
         super().__init__()
-        self.model, self.tokenizer, self.has_value_head = model, tokenizer, bool(value_head)
+        self.model, self.tokenizer, self.has_value_head = model.eval(), tokenizer, bool(value_head)
         self.model.score.float()
         [(chat, start)] = encode_responses(tokenizer, [{"role": "user", "content": "a"}], ["b"])
         expect(len(chat) > start, "its chat template leaves out the response")
@@ -589,7 +589,7 @@ class Policy(nn.Module):
     """A causal LM whose forward gives log-probs of responses."""
     def __init__(self, model, tokenizer):
         super().__init__()
-        self.model, self.tokenizer, eos = model, tokenizer, model.generation_config.eos_token_id
+        self.model, self.tokenizer, eos = model.eval(), tokenizer, model.generation_config.eos_token_id
         self.eos_ids = sorted({*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None})
 
     @classmethod
