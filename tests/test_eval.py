@@ -361,7 +361,7 @@ def said_by(*turns):
 
 @pytest.mark.parametrize("row, said", [
     ({"prompt": "copy a", "chosen": "a"}, "row 2: expected columns prompt, chosen, rejected"),
-    ({"prompt": "copy a", "chosen": 3, "rejected": "b"}, "row 2: chosen: expected text or a list"),
+    ({"prompt": "copy a", "chosen": 3, "rejected": "b"}, "row 2: chosen: expected text or"),
     ({"chosen": "a", "rejected": "b"}, "row 2: expected "),
     ("copy a", "row 2: expected columns prompt, chosen, rejected"),
     ('{"prompt": ', "row 2: expected JSON"),

@@ -158,6 +158,7 @@ def rank_of_two(rank, port, world, out):
         check_waits(gpu, calls)
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a real GPU autograd has threads, which do not fork")
+@pytest.mark.slow
 def test_two_ranks_are_the_same_byte_for_byte(world, tmp_path):
     assert two_ranks(rank_of_two, world, tmp_path) == [0, 0]
     for case in ("grpo", "gspo"):
@@ -262,7 +263,8 @@ def test_building_ddp_does_not_hold_them_twice_either(ranks, monkeypatch):
 
 # ---------------------------------------------------------------- what fits, from two configurations
 @pytest.mark.skipif(transformers.__version__ < "5.23", reason="the cache of transformers before 5.23 copies more")
-@pytest.mark.parametrize("ranks, flags", [(1, []), (4, ["--offload"]), (1, ["--cache_tokens", "78000"])])
+@pytest.mark.parametrize("ranks, flags", [pytest.param(1, [], marks=pytest.mark.slow), (4, ["--offload"]),
+                                          pytest.param(1, ["--cache_tokens", "78000"], marks=pytest.mark.slow)])
 def test_bench_memory_counts_every_byte_that_is_always_there(tmp_path, capsys, ranks, flags):
     """Its table beside the sum by hand: bf16 copies; fp32 masters and moments, and the initial weights."""
     shape = bench.llm(2, 512, 4, 1024, 4096, kv_heads=2)

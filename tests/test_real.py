@@ -27,7 +27,7 @@ class InThisThread(contextlib.nullcontext):
 
     map = staticmethod(map)
 
-@pytest.mark.parametrize("given_rm", [True, False])
+@pytest.mark.parametrize("given_rm", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_real_trains_every_method_from_one_reward_model_and_judges_all(world, tmp_path, monkeypatch, given_rm):
     scripts = {"save.py": save.main, "eval.py": evaluation.main, **{
         f"tests/forks/{fork.__name__}.py": fork.main for fork in (balanced, hl_bt)}}
@@ -63,20 +63,6 @@ def test_real_trains_every_method_from_one_reward_model_and_judges_all(world, tm
     real.main(list(map(str, [*words, "--methods", "hl_bt", "save"])))
     results = json.loads((out / "eval" / "results.json").read_text())
     assert [*results] == [str(out / name / "rm") for name in ("value", "hl_bt", "save")]
-
-def test_without_takes_one_technique_out_of_the_code_as_it_is(world):
-    """The rollout without dropping ended rows gives the same responses, and a line that is not there is an error."""
-    policy = save.Policy.from_pretrained(str(world / "policy")).float()
-    plain = bench.without(save.decode, "len(running) <= len(rows) * 7 // 8", "False")
-    assert plain.__code__.co_code != save.decode.__code__.co_code
-    sampling = {"seeds": list(range(12)), "max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    ids = save.encode_chats(policy.tokenizer, [[{"role": "user", "content": text}] for text in ("copy a", "b")], True)
-    positional = (policy, ids, 6, *sampling.values())
-    tokens, ended = save.decode(*positional)
-    again, ended_again = plain(*positional)
-    assert torch.equal(tokens, again) and torch.equal(ended, ended_again) and ended.any()
-    with pytest.raises(ValueError, match="0 times"):
-        bench.without(save.decode, "no such line", "")
 
 def test_both_forms_of_a_benchmark_do_the_same(world, capsys, monkeypatch):
     monkeypatch.setattr(bench, "memory_mb", lambda what: 0.0)

@@ -199,6 +199,7 @@ def test_unknown_rows_and_worlds_are_refused(tmp_path, capsys, words, said):
         tables.main([*words, "--out", str(tmp_path / "out")])
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
+@pytest.mark.slow
 def test_a_world_whose_building_was_killed_is_built_again(tmp_path, monkeypatch):
     """The fewest labels that are enough, by bisection; then the same once more over what is there."""
     toy.tiny_world(tmp_path / "tiny")
