@@ -38,7 +38,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
-
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import safetensors.torch
