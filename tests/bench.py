@@ -3,6 +3,7 @@
     python tests/bench.py memory --policy DIR_OR_NAME --rm DIR_OR_NAME --ranks 2 [--offload]   what fits, without a GPU
     python tests/bench.py memory                   peak memory of each phase for the paper's sizes of models
     python tests/bench.py rollout --policy DIR     tokens per second beside transformers' generate
+    python tests/bench.py cache --policy DIR       the rollout on the cache of tests/forks/fast_rollout.py beside save.py's
     python tests/bench.py rm_memory --rm DIR       peak memory and time of the RM update, half the rows filtered
     python tests/bench.py steps --policy DIR --rm DIR --prompts FILE   a SAVE step beside a step with the RM frozen
     python tests/bench.py trl --policy DIR --rm DIR                    a GRPO and a SAVE step beside TRL's GRPOTrainer
@@ -36,7 +37,7 @@ from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           BatchEncoding, LlamaConfig, LlamaForSequenceClassification, Qwen3Config, Qwen3ForCausalLM)
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[1]), str(pathlib.Path(__file__).with_name("forks"))]
 import eval as evaluation  # noqa: E402
 import save  # noqa: E402
 import toy  # noqa: E402
@@ -136,6 +137,26 @@ def bench_rollout(args):
             return int(((ended.cumsum(1) - ended) == 0).sum())  # up to and including the first EOS
 
         compare(ours, theirs, args.repeats)
+
+def bench_cache(args):
+    """CPU and wall seconds of 2 prompts x 16 responses of at most --new tokens, the two caches in turn."""
+    import fast_rollout
+    policy = save.Policy.from_pretrained(args.policy).float()
+    caches = {"grown by 256": fast_rollout.growing_cache, "save.py's": save.transformers.DynamicCache}
+    for width in (40, 300, 800):
+        prompts = [ids for ids, _ in chats_of([width, width], 0)]
+        times, tokens = {name: [] for name in caches}, {}
+        for _, name in tqdm([*itertools.product(range(args.repeats + 1), caches)], leave=False):
+            with unittest.mock.patch.object(save.transformers, "DynamicCache", caches[name]):
+                cpu, wall = time.process_time(), time.perf_counter()
+                tokens[name] = save.rollout(policy, prompts, 16, range(32), max_new_tokens=args.new, **SAMPLING)
+            times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+        save.expect(len({repr(x) for x in tokens.values()}) == 1, "cache: expected the same tokens")
+        for kind, column in (("CPU", 0), ("wall", 1)):  # the first round warms up
+            ours, theirs = ([row[column] for row in times[name][1:]] for name in caches)
+            print(f"{width} prompt tokens, {kind} seconds: {spread(ours)} and {spread(theirs)}, ratio "
+                  f"{spread([a / b for a, b in zip(ours, theirs)], '.3f')}, {len(ours)} repeats; the same "
+                  f"{sum(map(len, tokens[name][0]))} tokens", flush=True)
 
 def bench_rm_memory(args):
     """Each variant in its own process: peak resident memory above that before the update, and CPU seconds."""
@@ -452,8 +473,8 @@ def bench_memory(args):
         policy, rm = MODELS[models]
         row(models, Qwen3Config(**policy), LlamaConfig(**rm), ranks, dataclasses.replace(cfg, offload=offload))
 
-BENCHES = {"memory": bench_memory, "rollout": bench_rollout, "rm_memory": bench_rm_memory, "steps": bench_steps,
-           "trl": bench_trl, "log_probs": bench_log_probs, "models": make_models,
+BENCHES = {"memory": bench_memory, "rollout": bench_rollout, "cache": bench_cache, "rm_memory": bench_rm_memory,
+           "steps": bench_steps, "trl": bench_trl, "log_probs": bench_log_probs, "models": make_models,
            "phases": bench_phases, "scoring": bench_scoring}
 VARIANTS = {"rm_memory": rm_memory_variant, "trl": trl_variant, "log_probs": log_probs_variant}
 
@@ -477,6 +498,7 @@ def main(argv=None):
     parser.add_argument("--rewardbench", help="scoring: folder of the unpacked rewardbench 0.1.4 wheel")
     parser.add_argument("--rewardbench_batch", type=int, default=64, help="scoring: its scripts/run_rm.py has 64")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--new", type=int, default=24, help="cache: tokens of the longest response")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--direction", help=argparse.SUPPRESS)

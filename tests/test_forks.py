@@ -14,10 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_brought import LINEAR, SHAPE
 from test_maths import bits, f64, learn, near, numeric_gradient
-from test_models import gradients, plain_log_probs, same
+from test_models import gradients, plain_log_probs, policy, same
 from test_runs import RM, argv, distance, metrics, rows_of, samples
 from test_training import NEGATIVE, POSITIVE, USABLE, make_run, noisy_steps
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import save
 import toy
@@ -26,6 +28,7 @@ FOLDER = Path(__file__).resolve().parent / "forks"
 sys.path.insert(0, str(FOLDER))
 import balanced  # noqa: E402
 import ensemble  # noqa: E402
+import fast_rollout  # noqa: E402
 import hl_bt  # noqa: E402
 import offline  # noqa: E402
 import prime  # noqa: E402
@@ -33,7 +36,7 @@ import r2m  # noqa: E402
 import reinforce_pp  # noqa: E402
 import verifier  # noqa: E402
 
-FORKS = [balanced, ensemble, hl_bt, offline, prime, r2m, reinforce_pp, verifier]
+FORKS = [balanced, ensemble, fast_rollout, hl_bt, offline, prime, r2m, reinforce_pp, verifier]
 
 # ---------------------------------------------------------------- all of them
 @pytest.mark.parametrize("fork", FORKS, ids=lambda fork: fork.__name__)
@@ -245,3 +248,29 @@ def test_pairs_whose_prompt_is_dropped_are_dropped_too(world, tmp_path, capsys):
     toy.write_rows(files["pairs"], pairs)
     offline.main(argv(world, tmp_path / "out", steps=1, **files))
     assert f"{len(pairs[::3])} of {len(pairs)} rows of {files['pairs']} are used" in capsys.readouterr().out
+
+# ---------------------------------------------------------------- a faster cache
+@pytest.mark.parametrize("kind, other, grown", [("llama", {}, [True] * 2), ("gemma2", {}, [False, True]),
+                                                ("qwen3_5_text", LINEAR, [False] * 3 + [True])])
+def test_a_cache_that_grows_in_steps_is_the_same_to_the_bit(monkeypatch, kind, other, grown):
+    """Logits of every step: prompts of three lengths, four rows each that end one by one, room for 4 tokens more."""
+    pi, seen, steps, caches = policy("llama"), [], [], []
+    if other:
+        torch.manual_seed(0)
+        pi.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE, **other)).eval()
+    elif kind != "llama":
+        pi = policy(kind)
+    pi.model.register_forward_hook(lambda model, inputs, output: seen.append(output.logits))
+    monkeypatch.setattr(fast_rollout, "STEP", 4)
+    for cache in (save.transformers.DynamicCache, fast_rollout.growing_cache):
+        monkeypatch.setattr(save.transformers, "DynamicCache", lambda **of: caches.append(cache(**of)) or caches[-1])
+        tokens, _ = save.decode(pi, [[3, 7, 8], [6] * 11, [9]], 4, range(12), 20, 1.0, 1.0, 0)
+        steps.append([tokens, *seen])
+        seen.clear()
+    assert len({len(x) for x in steps[0][2:]}) > 1 < len(steps[0]) == len(steps[1])  # rows were dropped
+    assert all(map(torch.equal, *steps)) and [type(x) is fast_rollout.GrowingLayer for x in caches[1].layers] == grown
+
+def test_a_run_on_the_faster_cache_is_the_plain_one_to_the_bit(world, tmp_path):
+    fast_rollout.main(argv(world, tmp_path / "fast"))
+    save.main(argv(world, tmp_path / "plain"))
+    assert metrics(tmp_path / "fast") == metrics(tmp_path / "plain")
