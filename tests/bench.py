@@ -3,7 +3,7 @@
     python tests/bench.py memory --policy DIR_OR_NAME --rm DIR_OR_NAME --ranks 2 [--offload]   what fits, without a GPU
     python tests/bench.py memory                   peak memory of each phase for the paper's sizes of models
     python tests/bench.py rollout --policy DIR     tokens per second beside transformers' generate
-    python tests/bench.py cache --policy DIR       the rollout on the cache of tests/forks/fast_rollout.py beside save.py's
+    python tests/bench.py cache --policy DIR       rollout on the cache of tests/forks/fast_rollout.py, and on save.py's
     python tests/bench.py rm_memory --rm DIR       peak memory and time of the RM update, half the rows filtered
     python tests/bench.py steps --policy DIR --rm DIR --prompts FILE   a SAVE step beside a step with the RM frozen
     python tests/bench.py trl --policy DIR --rm DIR                    a GRPO and a SAVE step beside TRL's GRPOTrainer

@@ -36,7 +36,8 @@ import transformers
 from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent / "forks")]
-import balanced  # noqa: E402, F401  a row of RM_UPDATES, as hl_bt
+import balanced  # noqa: E402, F401  a row of RM_UPDATES, as centred and hl_bt
+import centred  # noqa: E402, F401
 import hl_bt  # noqa: E402, F401
 import offline  # noqa: E402
 import prime  # noqa: E402

@@ -3,9 +3,11 @@
 R2M and PRIME have files of their own.
 """
 import copy
+import dataclasses
 import math
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from test_maths import bits, f64, learn, near, numeric_gradient
 from test_models import gradients, plain_log_probs, policy, same
 from test_runs import RM, argv, distance, metrics, rows_of, samples
 from test_training import NEGATIVE, POSITIVE, USABLE, make_run, noisy_steps
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import save
 import toy
@@ -27,16 +29,31 @@ import toy
 FOLDER = Path(__file__).resolve().parent / "forks"
 sys.path.insert(0, str(FOLDER))
 import balanced  # noqa: E402
+import centred  # noqa: E402
+import dynamic  # noqa: E402
 import ensemble  # noqa: E402
 import fast_rollout  # noqa: E402
+import generate  # noqa: E402
 import hl_bt  # noqa: E402
+import kept  # noqa: E402
 import offline  # noqa: E402
 import prime  # noqa: E402
 import r2m  # noqa: E402
 import reinforce_pp  # noqa: E402
+import token_average  # noqa: E402
 import verifier  # noqa: E402
 
-FORKS = [balanced, ensemble, fast_rollout, hl_bt, offline, prime, r2m, reinforce_pp, verifier]
+FORKS = [balanced, centred, dynamic, ensemble, fast_rollout, generate, hl_bt, kept, offline, prime, r2m, reinforce_pp,
+         token_average, verifier]
+
+@pytest.fixture(scope="module")
+def plain(world, tmp_path_factory):
+    """The flags of a small run with a fitted value head, and that run of save.py."""
+    out = tmp_path_factory.mktemp("plain")
+    save.main(argv(world, out / "value", stage="value"))
+    flags = {"rm": out / "value/rm", "m0": 0.2, "steps": 3, "group": 4, "lr_rm": 1e-3}
+    save.main(argv(world, out / "run", **flags))
+    return flags, out / "run"
 
 # ---------------------------------------------------------------- all of them
 @pytest.mark.parametrize("fork", FORKS, ids=lambda fork: fork.__name__)
@@ -55,9 +72,11 @@ def test_a_fork_is_short(file):
     assert len(file.read_text(encoding="utf-8").splitlines()) <= limit
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ensemble", "offline", "r2m", "reinforce_pp"])
+@pytest.mark.parametrize("name", ["dynamic", "ensemble", "generate", "kept", "offline", "r2m", "reinforce_pp",
+                                  "token_average"])
 def test_two_ranks_are_one_process(world, tmp_path, name):
-    rm, own = tmp_path / "value/rm", {"r2m": {"r2m_width": 8, "lr_rm": 1e-4}}.get(name, {})
+    rm, own = tmp_path / "value/rm", {"r2m": {"r2m_width": 8, "lr_rm": 1e-4}, "token_average": {"num_minibatches": 2},
+                                      "kept": {"keep": 1}}.get(name, {})
     save.main(argv(world, tmp_path / "value", stage="value"))
     own |= {"label_rms": [rm]} if name == "ensemble" else {}
     for ranks in (1, 2):
@@ -118,6 +137,19 @@ def test_balanced_loss_and_gradient_are_the_loop(seed):
     loss, gradient = learn(f, f64(rewards))
     near(loss, statistics.mean(terms))
     near(gradient, numeric_gradient(f, f64(rewards)), 1e-5)
+
+# ---------------------------------------------------------------- the centred loss
+def test_the_centred_loss_has_the_published_value_and_no_common_push():
+    """Its dL/dR sums to 0 in each group; the published one's to -1/(1+Z+) + Z-/(1+Z-), 0 for two rows as far from V."""
+    rewards, values = f64([[2.0, 4.0, 0.0, -1.0], [1.5, -0.5, 9.0, 9.0]]), f64([1.0, 0.5])
+    positive, negative, usable = bits("1100", "1000"), bits("0011", "0100"), bits("1111", "1100")
+    published, push = learn(lambda r: save.contrastive_loss(r, values, positive, negative), rewards)
+    loss, slope = learn(lambda r: centred.centred_loss(r, values, positive, negative, usable), rewards)
+    near(loss, published)
+    near(slope.sum(1), [0, 0])
+    up, down = (sum(math.exp(r - 1) for r in side) for side in ((2, 4), (0, -1)))
+    near(push.sum(1) * 2, [-1 / (1 + up) + down / (1 + down), 0])
+    near(slope - push, [[-push[0].sum() / 4] * 4, [0] * 4])  # only the common part is gone
 
 # ---------------------------------------------------------------- REINFORCE++
 @pytest.mark.parametrize("seed", range(3))
@@ -270,7 +302,143 @@ def test_a_cache_that_grows_in_steps_is_the_same_to_the_bit(monkeypatch, kind, o
     assert len({len(x) for x in steps[0][2:]}) > 1 < len(steps[0]) == len(steps[1])  # rows were dropped
     assert all(map(torch.equal, *steps)) and [type(x) is fast_rollout.GrowingLayer for x in caches[1].layers] == grown
 
-def test_a_run_on_the_faster_cache_is_the_plain_one_to_the_bit(world, tmp_path):
-    fast_rollout.main(argv(world, tmp_path / "fast"))
-    save.main(argv(world, tmp_path / "plain"))
-    assert metrics(tmp_path / "fast") == metrics(tmp_path / "plain")
+def test_a_run_on_the_faster_cache_is_the_plain_one_to_the_bit(world, tmp_path, plain):
+    fast_rollout.main(argv(world, tmp_path, **plain[0]))
+    assert metrics(tmp_path) == metrics(plain[1])
+
+# ---------------------------------------------------------------- averages over tokens
+@pytest.mark.parametrize("ranks", (1, 2))
+@pytest.mark.parametrize("average", ("token", "length"))
+def test_token_averages_are_exact_over_minibatches_and_ranks(tmp_path, monkeypatch, average, ranks):
+    """The gradients of two minibatches, added over ranks, against whole logits; between them the policy is shaken, so
+    that ratios leave the clip range. In the second one rank has nothing: prompt 3 has a single survivor."""
+    run, _, batch = make_run(tmp_path, num_minibatches=2, kl_coef=0.0, max_new_tokens=30)
+    run.cfg.average, start, taken = average, copy.deepcopy(run.policy), []
+    monkeypatch.setattr(save, "policy_advantages", token_average.policy_advantages)
+    monkeypatch.setattr(save, "WORLD", ranks)
+
+    def train_on(run, name, batches, micro_loss):
+        at = copy.deepcopy(run.policy)
+        loss = sum(micro_loss(run.policy, rows)[0] for rows in batches or [[0]]) * bool(batches)
+        taken.append((at, gradients(run.policy, loss)))
+        for i, p in enumerate(run.policy.parameters()):
+            p.data += 0.03 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+        return [0, 0, 0]
+    monkeypatch.setattr(save, "train_on", train_on)
+    for rank in range(ranks):
+        monkeypatch.setattr(save, "RANK", rank)
+        run.policy = copy.deepcopy(start)
+        own = copy.copy(batch)
+        own.sequences = [row for p in range(rank, 4, ranks) for row in batch.sequences[4 * p:4 * p + 4]]
+        save.policy_step(run, own, POSITIVE | NEGATIVE)
+    trained, clipped = (POSITIVE | NEGATIVE) & bits("1111", "1111", "1111", "0000"), 0
+    advantages = save.grpo_advantages(batch.rewards, trained)
+    for part, prompts in enumerate(((0, 1), (2,))):
+        at, sums, rows = taken[part][0], [], [(p, g) for p, g in trained.nonzero().tolist() if p in prompts]
+        for p, g in rows:
+            now, old = (plain_log_probs(x.model, *batch.sequences[4 * p + g], run.cfg.temperature) for x in (at, start))
+            ratio, a = (now - old.detach()).exp(), advantages[p, g]
+            sums.append(-torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).sum())
+            clipped += (ratio.clamp(0.8, 1.2) * a < ratio * a).sum().item()
+        by = {"token": sum(batch.lengths[p, g].item() for p, g in rows), "length": 30 * len(rows)}[average]
+        got = {name: sum(grads[name] for _, grads in taken[part::2]) for name in taken[part][1]}
+        same(got, gradients(at, sum(sums) / by), 2e-5)
+    assert clipped > 2 and len(taken) == 2 * ranks and batch.lengths[trained].unique().numel() > 2
+
+# ---------------------------------------------------------------- an anchor to the initial rewards
+@pytest.mark.parametrize("update", ("save", "centred"))
+def test_the_anchored_update_has_the_gradient_of_the_plain_graph(tmp_path, monkeypatch, update):
+    """Truncated rows, a group without usable ones, groups without both signs: they have the term, not the loss."""
+    run, _, batch = make_run(tmp_path, rm_update=update, micro_tokens=60)
+    run.initial, run.cfg.keep, batch.ended = copy.deepcopy(run.rm), 3.0, USABLE
+    noisy_steps(run.rm.model, run.optimizers["rm"], range(2))
+    save.score_batch(run, batch)
+    rewards, first = (rm(*save.model_inputs(batch.chats, "cpu"))[0].view(4, 4) for rm in (run.rm, run.initial))
+    moved = [(rewards - first.detach())[p][USABLE[p]] for p in range(4) if USABLE[p].any()]
+    term = sum(((x - x.mean()) ** 2).mean() for x in moved) / len(moved)
+    values = run.rm.value(batch.features).detach()
+    own = save.RM_UPDATES[update].loss(rewards, values, POSITIVE, NEGATIVE, USABLE)
+    assert 0.1 * own < 3 * term < 10 * own
+    want, before = gradients(run.rm.model, own + 3 * term), dict(save.RM_UPDATES)
+    optimizer, loaded = run.optimizers["rm"], copy.deepcopy(run.rm.state_dict())
+    assert kept.reward_model_step(run, batch, POSITIVE, NEGATIVE) and save.RM_UPDATES == before
+    same(optimizer.seen[-1][1], want, 2e-5 * max(1, max(x.abs().max() for x in want.values())))
+    run.cfg.keep = 0
+    for step in (kept.reward_model_step, save.reward_model_step):
+        run.rm.load_state_dict(loaded)
+        step(run, batch, POSITIVE, NEGATIVE)
+    same(optimizer.seen[-1][1], optimizer.seen[-2][1])  # without weight: save.py's to the bit
+
+def test_an_anchored_run_starts_like_save_and_resumes_with_the_rm_as_it_came(world, tmp_path, plain):
+    kept.main(argv(world, tmp_path / "run", keep=30, save_every=2, **plain[0]))
+    ours, theirs = metrics(tmp_path / "run"), metrics(plain[1])
+    assert ours["save", 1] == theirs["save", 1] and ours["save", 3]["rm_loss"] > 1.1 * theirs["save", 3]["rm_loss"]
+    shutil.copytree(tmp_path / "run/checkpoints", tmp_path / "again/checkpoints")
+    for name in save.Log.files:
+        shutil.copy(tmp_path / "run" / name, tmp_path / "again")
+    kept.main(argv(world, tmp_path / "again", keep=30, save_every=2, resume=True, **plain[0]))
+    assert metrics(tmp_path / "again") == ours and distance(tmp_path / "again", tmp_path / "run", RM) == 0
+
+# ---------------------------------------------------------------- "Fork it": one place each, and its trap
+def test_an_advantage_with_lengths_is_the_policys_alone(world, tmp_path, monkeypatch, plain):
+    """Lengths are (P,G) of all ranks. In score_batch the penalty would teach the RM, too."""
+    seen = []
+
+    def policy_advantages(run, batch, trained, old, reference, plain=save.policy_advantages):
+        shorter = dataclasses.replace(batch, rewards=batch.rewards - 0.1 * batch.lengths)
+        seen.append((shorter, trained, plain(run, shorter, trained, old, reference)))
+        return seen[-1][2]
+    monkeypatch.setattr(save, "policy_advantages", policy_advantages)
+    save.main(argv(world, tmp_path, **plain[0]))
+    for batch, trained, got in seen:
+        for rewards, keep, a in zip(batch.rewards.tolist(), trained.tolist(), got.view(4, 4)):
+            rewards = [r for r, k in zip(rewards, keep) if k]
+            want = iter([(r - statistics.mean(rewards)) / (statistics.stdev(rewards) + 1e-4) for r in rewards])
+            near(a, [next(want) if k else 0 for k in keep], 1e-4)
+    ours, theirs = (metrics(out)["save", 1] for out in (tmp_path, plain[1]))
+    different = {name for name in ours if ours[name] != theirs[name]}
+    assert "policy_grad_norm" in different <= {"policy_grad_norm", "policy_loss", "clipped", "kl"}
+
+def test_another_curriculum_is_the_one_that_filters_and_is_logged(world, tmp_path, monkeypatch, plain):
+    """A function of step, T and m0, from 0.5 (all are kept) to 1. One in `filtered` would not be the one logged."""
+    monkeypatch.setattr(save, "curriculum_threshold", lambda step, total_steps, m0: 0.5 + 0.02 * step)
+    save.main(argv(world, tmp_path, **plain[0]))
+    for step, groups in samples(tmp_path).items():
+        assert metrics(tmp_path)["save", step]["threshold"] == 0.5 + 0.02 * step
+        for row in sum(groups, []):
+            sure = 1 / (1 + math.exp(-abs(row["reward"] - row["value"]))) >= 0.5 + 0.02 * step
+            assert row["kept"] == (sure and not row["truncated"])
+
+def test_a_generator_says_what_save_py_would_and_comes_in_after_the_models(world, tmp_path, monkeypatch, capsys, plain):
+    """Of one token to choose from. Then of all: the same answers when run again, whatever the folder asks for."""
+    flags = {**plain[0], "steps": 1, "group": 8}
+    for out, fork in (("ours", save), ("theirs", generate)):
+        fork.main(argv(world, tmp_path / out, **flags, top_k=1))
+    assert metrics(tmp_path / "ours") == metrics(tmp_path / "theirs")
+    shutil.copytree(world / "policy", tmp_path / "policy")
+    GenerationConfig(eos_token_id=save.Policy.from_pretrained(world / "policy").eos_ids, top_k=1, do_sample=True,
+                     repetition_penalty=5.0).save_pretrained(tmp_path / "policy")
+    for name, policy_folder in (("own", world / "policy"), ("other", tmp_path / "policy")):
+        generate.main(argv(world, tmp_path / name, policy=policy_folder, **flags))
+    own, other = (rows_of(tmp_path / name / "samples.jsonl") for name in ("own", "other"))
+    assert own == other and len({row["response"] for row in own}) > 20 and len({row["truncated"] for row in own}) == 2
+    monkeypatch.setattr(save, "rollout", generate.rollout)  # too early
+    with pytest.raises(SystemExit, match="2"):
+        save.main(argv(world, tmp_path / "no", **flags))
+    assert "its cache is not supported" in capsys.readouterr().err
+
+def test_places_without_both_signs_go_to_other_prompts(world, tmp_path, plain):
+    """--tries 1 is save.py to the bit. A place has the first of its prompts with both signs, or the last."""
+    for tries in (1, 4):
+        dynamic.main(argv(world, tmp_path / str(tries), tries=tries, **plain[0]))
+    assert samples(tmp_path / "1") == samples(plain[1]) and distance(tmp_path / "1", plain[1], RM) == 0
+    once, more = (metrics(tmp_path / tries) for tries in "14")
+
+    def both(groups):
+        return [[row["response"] for row in rows] for rows in groups if {row["side"] for row in rows} >= {"+", "-"}]
+    for step, groups in samples(tmp_path / "4").items():
+        row = more["save", step]
+        assert row["full"] == row["valid"] == len(both(groups)) / 4 and (row["full"] == 1 or row["tries"] == 4)
+    filled, first = (both(samples(tmp_path / tries)[1]) for tries in "41")  # nothing was learned before
+    assert once["save", 1]["full"] == once["save", 1]["valid"] == len(first) / 4 < len(filled) / 4
+    assert all(rows in filled for rows in first)

@@ -2,9 +2,8 @@
 
     python tests/forks/fast_rollout.py [flags of save.py]
 
-transformers' DynamicLayer is torch.cat of all that is cached and one more token. Here a token is written where there is
-room: the same tokens (python tests/bench.py cache --policy DIR has the times), for up to 255 tokens more of memory.
-Layers that keep something else (a sliding window, a state of linear attention) stay transformers' own.
+The same tokens, for up to 255 tokens more of memory; python tests/bench.py cache --policy DIR has the times. Layers
+that keep something else (a sliding window, a state of linear attention) stay transformers' own.
 """
 import sys
 from pathlib import Path
@@ -19,28 +18,29 @@ STEP = 256  # tokens
 
 class GrowingLayer(DynamicLayer):
     """`keys` and `values` (rows, heads, tokens, size) are the filled part of `buffers`."""
-    buffers = None
+    def fill(self, end):
+        """The first `end` tokens of the buffers are what is cached."""
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
+        return self.keys, self.values
 
     def update(self, *states, **_):
         """Add the states of new tokens -> all keys, all values."""
-        start, end = self.get_seq_length(), self.get_seq_length() + states[0].shape[-2]
-        if self.buffers is None or end > self.buffers[0].shape[-2]:
+        start, self.is_initialized = self.get_seq_length(), True
+        end = start + states[0].shape[-2]
+        if not start or end > self.buffers[0].shape[-2]:
             old, room = (self.keys, self.values), -(-end // STEP) * STEP
             self.buffers = [x.new_empty(*x.shape[:-2], room, x.shape[-1]) for x in states[:2]]
             for buffer, x in zip(self.buffers, old if start else ()):
                 buffer[..., :start, :] = x
         for buffer, x in zip(self.buffers, states):
             buffer[..., start:end, :] = x
-        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
-        self.is_initialized = True
-        return self.keys, self.values
+        return self.fill(end)
 
     def reorder_cache(self, rows):
         """Repeat or select rows, with the room behind them."""
         if self.get_seq_length():  # layers may share another's
-            filled = slice(self.get_seq_length())
             self.buffers = [buffer.index_select(0, rows) for buffer in self.buffers]
-            self.keys, self.values = (buffer[..., filled, :] for buffer in self.buffers)
+            self.fill(self.get_seq_length())
 
 def growing_cache(config, plain=save.transformers.DynamicCache):
     """In the place of transformers.DynamicCache."""
