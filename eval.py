@@ -110,9 +110,9 @@ def with_average(parts):
 
 @formula(with_average)
 def preference_scores(rows):
-    """Your own pairs. Rows: score_chosen, score_rejected -> average. A tie is wrong."""
-    for unit, row in enumerate(rows):
-        yield unit, "average", row["score_chosen"] > row["score_rejected"]
+    """Your own pairs. Rows: score_chosen, score_rejected -> average. A tie is wrong. A unit is a prompt."""
+    for number, row in enumerate(rows):
+        yield str(row.get("prompt", number)), "average", row["score_chosen"] > row["score_rejected"]
 
 REWARDBENCH_SECTIONS = {  # examples per subset; math-prm has 447 rows but weighs as much as the six code subsets
     "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
@@ -503,11 +503,12 @@ def evaluate(cfg, path, benchmarks, first):
         scored, by_length = ([bench.attach(row, values) for row in rows] for values in (scores, lengths))
         result = bench.scores(scored)
         draws[name] = bootstrap(bench.scores, scored, cfg.draws, cfg.seed)
-        results[name] = {
-            **result, "interval": {key: interval(draws[name][key]) for key in result},
-            "length_only": bench.scores(by_length)["average"], "rows": len(rows), "texts": len(texts),
-            "truncated": cut, "ties": sum(map(bench.ties, scored))}
-        say(f"{path} on {name}: {result['average']:.2f} %, {len(rows)} rows")
+        units = len({unit for unit, _, _ in bench.scores.outcomes(scored)})
+        results[name] = {**result, "interval": {key: interval(draws[name][key]) for key in result},
+                         "length_only": bench.scores(by_length)["average"], "rows": len(rows), "units": units,
+                         "texts": len(texts), "truncated": cut, "ties": sum(map(bench.ties, scored))}
+        of = f" of {units} prompts" * (units < len(rows))
+        say(f"{path} on {name}: {result['average']:.2f} %, {len(rows)} rows{of}")
         if cfg.out and RANK == 0:
             with open(Path(cfg.out, "scores.jsonl"), "a", encoding="utf-8") as file:
                 for number, row in enumerate(scored, 1):

@@ -269,6 +269,21 @@ def test_the_difference_is_paired(world, rms, tmp_path):
     # pairing: the two disagree on few pairs only, so the difference is known better than either number
     assert high - low < (other["interval"]["average"][1] - other["interval"]["average"][0]) * 2 ** 0.5
 
+def test_pairs_of_one_prompt_stay_together(world, rms, tmp_path, capsys):
+    """Ten copies of each pair do not narrow an interval, nor that of a difference; prompts as texts and as chats."""
+    pairs, found = rows_of(world / "heldout_id.jsonl"), []
+    chat = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in pairs]
+    apart = [{**row, "prompt": f"{row['prompt']} {'a ' * i}"} for i in range(10) for row in pairs]
+    for name, rows in (("once", pairs), ("copies", pairs + chat + pairs * 8), ("apart", apart)):
+        toy.write_rows(tmp_path / f"{name}.jsonl", rows)
+        run("--rm", *rms, "--bench", tmp_path / f"{name}.jsonl", "--out", tmp_path / name)
+        found += [results(tmp_path / name)[str(rm)][str(tmp_path / f"{name}.jsonl")] for rm in rms]
+        assert f"{len(rows)} rows{' of 32 prompts' * (name == 'copies')}\n" in capsys.readouterr().out
+    once, copies, wide, narrow = found[1], found[3], *(x["interval"]["average"] for x in found[1::4])
+    for key in ("interval", "difference"):
+        assert once[key]["average"] == pytest.approx(copies[key]["average"], abs=1e-9)
+    assert narrow[1] - narrow[0] < 0.5 * (wide[1] - wide[0])
+
 # ---- cache and ranks ------------------------------------------------------------------------------------------------
 def count_texts(monkeypatch, stop_after=None):
     """Count the texts that pass the model; raise after some, as a kill would."""
