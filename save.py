@@ -1,27 +1,25 @@
 """SAVE: a reward model (RM) that improves itself while it trains a policy (arXiv 2605.30888).
 
-    bash run.sh                                          # a laptop, a small world
+    bash run.sh  # a laptop, a small world
     python save.py --policy DIR --rm DIR --prompts FILE  # one process, your models and prompts
-    torchrun --nproc-per-node 4 save.py                  # the paper's main run
+    torchrun --nproc-per-node 4 save.py  # the paper's main run
 
-Algorithm 2, step t of T                     here                  lines   equations
-    threshold mu(t)                          curriculum_threshold  2       14
-    G responses for each of P prompts        sample                3-5
-    R(x,y) and V(x) from one forward         score_batch           7       13: a = R - V
-    keep |a| large enough, split by sign     label, partition      8-11    15-17
-    contrastive loss: backbone, reward head  reward_model_step     13      18-20
-    score again, V towards the group mean    value_step            14      21
-    filter again with the improved RM        label, partition      15-16
-    GRPO | RLOO | GSPO on the survivors      policy_step           17
-
-pi_theta is `policy`, R `rewards` (P,G), V `values` (P,), Y+ and Y- `positive` and `negative` (P,G), B~ `valid` (P,):
-P prompts of a step on all ranks, G responses each (`group`), N = P*G rows, T tokens, H hidden size.
+Step t of T, Algorithm 2 (lines; equations):
+    curriculum_threshold  mu(t) (2; 14)
+    sample                G responses for each of P prompts (3-5)
+    score_batch           R(x,y) and V(x) from one forward, a = R - V (7; 13)
+    label, partition      keep |a| large enough, split by sign (8-11; 15-17)
+    reward_model_step     contrastive loss on backbone and reward head (13; 18-20)
+    value_step            score again, V towards the group mean (14; 21)
+    label, partition      filter again with the improved RM (15-16)
+    policy_step           GRPO | RLOO | GSPO on the survivors (17)
+R is `rewards` (P,G), V `values` (P,), Y+ and Y- `positive`, `negative` (P,G), B~ `valid` (P,): P prompts a step on all
+ranks, G responses each, N = P*G rows, T tokens, H hidden size.
 Forks: a loss is a row of RM_UPDATES, an advantage one of ALGORITHMS, a judge's labels go into `label`.
 """
 import argparse
 import datetime
 import fcntl
-import functools
 import gzip
 import hashlib
 import inspect
@@ -38,8 +36,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before torch
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -53,69 +50,66 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 # ---- 1. configuration
 @dataclass
 class Config:
-    """Every knob, a flag of the same name. From steps to top_k the defaults are the paper's Table 8."""
-    stage: str = ""  # preference, value, save; none: value if the RM lacks a head, then save
+    """All flags. Defaults from steps to top_k: the paper's Table 8."""
+    stage: str = ""  # preference, value, save (value first if the RM has no V)
     algo: str = "grpo"  # a row of ALGORITHMS
     rm_update: str = "save"  # a row of RM_UPDATES
     policy: str = "Qwen/Qwen3-4B-Instruct-2507"  # folder or hub name, causal LM
     rm: str = "Skywork/Skywork-Reward-V2-Llama-3.2-3B"  # the same, classifier, 1 label
     prompts: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # .json(l)(.gz), .parquet, hub
     pairs: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # the same, of pairs
-    heldout: list = field(default_factory=list)  # files of pairs to test the RM on
+    heldout: list = field(default_factory=list)  # files of pairs to test on
     out: str = "out"  # folder of the results
-    # the method
     steps: int = None  # T; none: 320, stage preference: one pass
-    batch: int = 32  # prompts or pairs a step, on all ranks
+    batch: int = 32  # prompts or pairs a step
     group: int = 16  # G responses to a prompt
-    m0: float = 0.5  # initial margin, Eq. 14; 0: all are kept
+    m0: float = 0.5  # Eq. 14; 0: all are kept
     kl_coef: float = 0.04  # beta, KL to the initial policy
     lr_rm: float = None  # the RM; none: 1e-7, stage preference: 1e-5
     lr_value: float = 1e-5  # value head
-    lr_policy: float = 2e-6  # policy; 0: it stays as it is
-    value_k: int = 16  # K responses to a prompt in stage value
-    value_lr: float = 2e-4  # the value head's rate there
-    value_batch: int = 32  # prompts of a step there
-    value_epochs: int = 1  # passes there
-    value_prompts: int = 0  # prompts there; 0: as many as SAVE uses
-    # sampling
+    lr_policy: float = 2e-6  # 0: it stays as it is
+    value_k: int = 16  # stage value: K responses to a prompt
+    value_lr: float = 2e-4  # its rate
+    value_epochs: int = 1  # its passes
+    value_prompts: int = 0  # its prompts; 0: as many as SAVE uses
     max_new_tokens: int = 1024  # longest response, in the data too (F.1)
-    temperature: float = 0.7  # log-probs are taken at it too
+    temperature: float = 0.7  # of the log-probs too
     top_p: float = 0.8  # the smallest set that reaches it
     top_k: int = 20  # 0: off
-    # where the paper is silent
-    num_minibatches: int = 1  # policy updates a rollout; 1: all ratios are 1
+    num_minibatches: int = 1  # policy updates a rollout
     lr_schedule: str = "constant"  # constant, linear (to 0)
     max_prompt_tokens: int = 1024  # longest prompt, with its template
-    # machine
-    dtype: str = "auto"  # of the working copy; auto: bfloat16 on a GPU
+    dtype: str = "auto"  # auto: bfloat16 on a GPU
     device: str = "auto"  # auto: a GPU where there is one
     offload: bool = False  # masters and moments on the host
-    micro_tokens: int = None  # of a micro-batch, padded; none: 8192 on a GPU, else 2048
+    micro_tokens: int = None  # of a micro-batch; none: 8192 on a GPU, else 2048
     cache_tokens: int = 0  # decoded together; 0: what fits a GPU
-    seed: int = 0  # all randomness is a function of it
+    seed: int = 0  # of all randomness
     save_every: int = 40  # steps between checkpoints; 0: none
     eval_every: int = 0  # steps between --heldout tests; 0: start, end
-    resume: bool = False  # from the newest checkpoint, if any
+    resume: bool = False  # from the newest checkpoint
 
     def checked(self):
-        """Refuse what cannot work, replace "auto" and none by what is used."""
-        least = dict.fromkeys("batch num_minibatches max_new_tokens value_k value_batch".split(), 1)
-        least |= {"group": 2, "temperature": 1e-3, "top_p": 1e-3}
+        """Refuse what cannot work, fill in "auto" and none."""
+        least = dict(group=2, temperature=1e-3, top_p=1e-3, batch=1, num_minibatches=1, max_new_tokens=1, value_k=1)
         for name, x in vars(self).items():
             low, high = least.get(name, 0), 1 if name in ("m0", "top_p") else 1e15
             expect(not isinstance(x, int | float) or low <= x <= high, f"--{name} {x}: expected {low} to {high:g}")
-        ranks, preference = WORLD * self.num_minibatches, self.stage == "preference"
+        ranks = WORLD * self.num_minibatches
         expect(self.batch % ranks == 0, f"--batch {self.batch}: expected a multiple of {ranks} (ranks x minibatches)")
+        known = ["value head", "group mean", ""], ["token", "mean", "sum"], ["loss", "reward"]
+        for x, words in zip((RM_UPDATES[self.rm_update].anchor, *ALGORITHMS[self.algo][1:3]), known):
+            expect(x in words, f"--rm_update, --algo: a row has {x!r}, expected one of {words}")
         gpu = self.device == "auto" and torch.cuda.is_available()
         used = [f"cuda:{LOCAL_RANK}", "bfloat16", 8192] if gpu else ["cpu", "float32", 2048]
-        used += [None, 1e-5] if preference else [320, 1e-7]
+        used += [None, 1e-5] if self.stage == "preference" else [320, 1e-7]
         named = zip(("device", "dtype", "micro_tokens", "steps", "lr_rm"), used)
         return replace(self, **{name: x for name, x in named if getattr(self, name) in (None, "auto")})
 
 def parse_config(argv=None, kind=Config):
-    """Flags from the fields of a dataclass; the comment behind each is its help."""
+    """A flag for each field of a dataclass; the comment behind it is its help."""
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: expect(False, message + " (--help lists the flags)")
+    parser.error = lambda message: expect(False, message)
     choices = {"lr_schedule": ["constant", "linear"], "dtype": ["auto", "float32", "bfloat16"], "algo": ALGORITHMS,
                "stage": ["preference", "value", "save"], "rm_update": RM_UPDATES, "device": ["auto", "cpu"]}
     source = "".join(map(inspect.getsource, kind.__mro__[-2::-1]))  # a fork's too
@@ -129,13 +123,12 @@ def parse_config(argv=None, kind=Config):
     return kind(**vars(parser.parse_args(argv)))
 
 # ---- 2. the maths of the reward model: pure functions of tensors
-def at_least_fp32(*tensors):
-    """Losses are in fp32 or better. One tensor -> one, several -> a list."""
-    exact = [x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in tensors]
-    return exact if len(exact) > 1 else exact[0]
+def at_least_fp32(x):
+    """Losses are in fp32 or better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def masked_mean(x, mask, dim=None):
-    """Mean of x where mask, 0 where nothing is; the mask may hide inf and nan."""
+    """Mean of x where mask, or 0; the mask may hide inf and nan."""
     return torch.where(mask, x, 0).sum(dim) / mask.sum(dim).clamp(min=1)
 
 def curriculum_threshold(step, total_steps, m0):
@@ -155,46 +148,36 @@ def partition(advantages, threshold, usable=None):
 
 def bradley_terry_loss(chosen, rejected):
     """Eq. 2 and 11: mean of -log sigmoid(R_w - R_l) over pairs. chosen, rejected (n,)."""
-    return -F.logsigmoid(torch.sub(*at_least_fp32(chosen, rejected))).mean()
+    return -F.logsigmoid(at_least_fp32(chosen) - at_least_fp32(rejected)).mean()
 
 def contrastive_loss(rewards, values, positive, negative, usable=None):
     """Eq. 18-20, mean over valid prompts, 0 if there is none. rewards, masks (P,G); values (P,), no gradient.
-    L+ = log(e^V + sum_{Y+} e^R) - mean_{Y+} R  dL+/dR = e^R / (e^V + sum_{Y+} e^R) - 1/|Y+|
-    L- = log(e^V + sum_{Y-} e^R) - V            dL-/dR = e^R / (e^V + sum_{Y-} e^R)"""
-    rewards, anchor = at_least_fp32(rewards, values.detach())
+    L+ = log(e^V + sum_{Y+} e^R) - mean_{Y+} R and L- = log(e^V + sum_{Y-} e^R) - V."""
+    rewards, anchor = at_least_fp32(rewards), at_least_fp32(values.detach())
     sides = (rewards.masked_fill(~side, -math.inf) for side in (positive, negative))
     up, down = (torch.cat([anchor[:, None], side], 1).logsumexp(1) for side in sides)
     loss = up - masked_mean(rewards, positive, 1) + down - anchor
     return masked_mean(loss, positive.any(1) & negative.any(1))
 
-def centred_loss(rewards, values, positive, negative, usable):
-    """Ours: contrastive_loss without its common push: dL/dR sums to 0 in a group."""
-    rewards = at_least_fp32(rewards)
-    mean = masked_mean(rewards, usable, 1)[:, None]
-    return contrastive_loss(rewards - mean + mean.detach(), values, positive, negative)
-
 def value_loss(values, rewards, usable=None):
     """Eq. 12 and 21: mean of (V - mean_G R)^2 over prompts with usable rows. (P,), (P,G)."""
     usable = torch.ones_like(rewards, dtype=torch.bool) if usable is None else usable
-    values, rewards = at_least_fp32(values, rewards.detach())
-    return masked_mean((values - masked_mean(rewards, usable, 1)) ** 2, usable.any(1))
+    targets = masked_mean(at_least_fp32(rewards.detach()), usable, 1)
+    return masked_mean((at_least_fp32(values) - targets) ** 2, usable.any(1))
 
 class RMUpdate(NamedTuple):
     """A row of RM_UPDATES: how the reward model learns."""
     loss: Callable | None  # loss(rewards, values, positive, negative, usable) -> scalar; none: frozen
     anchor: str  # V: "value head" | "group mean" | "" (none, nothing is filtered)
-
 RM_UPDATES = {
     "save": RMUpdate(contrastive_loss, "value head"),
     "mean_reward": RMUpdate(contrastive_loss, "group mean"),  # a baseline of Table 1
-    "centred": RMUpdate(centred_loss, "value head"),
     "none": RMUpdate(None, ""),  # plain RL
 }
 
 # ---- 3. the maths of the policy: pure functions of tensors
 def grpo_advantages(rewards, keep):
-    """(r - mean) / (std + 1e-4) of the kept rows of a group, 0 where not kept or alone. (P,G) -> (P,G).
-    fp64: fp32 means of equal numbers differ from them."""
+    """(r - mean) / (std + 1e-4) of a group's kept rows, 0 where not kept or alone, in fp64: equal ones get 0. (P,G)."""
     dtype, rewards, count = rewards.dtype, rewards.double(), keep.sum(1, keepdim=True)
     centred = rewards - masked_mean(rewards, keep, 1)[:, None]
     variance = torch.where(keep, centred ** 2, 0).sum(1, keepdim=True) / (count - 1).clamp(min=1)
@@ -212,7 +195,6 @@ class Algorithm(NamedTuple):
     ratio: str  # log-ratio of a row: by "token" | "mean" of its tokens | their "sum"
     kl: str  # "loss": k3 of tokens in the loss | "reward": k1 of a response in its reward
     clip: tuple  # (low, high): the ratio stays within 1 - low and 1 + high
-
 ALGORITHMS = {
     "grpo": Algorithm(grpo_advantages, "token", "loss", (0.2, 0.2)),
     "rloo": Algorithm(rloo_advantages, "sum", "reward", (0.2, 0.2)),
@@ -230,7 +212,6 @@ def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, al
     ratio = ratio.clamp(max=80).exp()  # inf times 0 would be nan
     advantages = torch.where(mask, advantages[:, None] if advantages.dim() == 1 else advantages, 0)
     free, clipped = ratio * advantages, ratio.clamp(1 - algo.clip[0], 1 + algo.clip[1]) * advantages
-    # keeps what the padding holds out of exp
     gap = torch.where(mask, at_least_fp32(ref_log_probs.detach()) - log_probs, 0)
     k3 = gap.exp() - gap - 1
     per_token = {"loss": kl_coef * k3, "reward": 0}[algo.kl] - torch.minimum(free, clipped)
@@ -249,7 +230,8 @@ class Run:
     optimizers: dict = field(default_factory=dict)  # of rm, value, policy
     step: int = 1
     lr_scale: float = 1.0  # of all rates, --lr_schedule
-    inputs: dict = field(default_factory=dict)  # digest of what was read
+    idle: int = 0  # steps in a row that trained no RM
+    fixed: dict = field(default_factory=dict)  # what --resume must meet again
 
 @dataclass
 class Batch:
@@ -269,17 +251,21 @@ def save_step(run, prompts):
     learn(run, sample(run, prompts, run.cfg.group, run.step))
 
 def learn(run, batch):
-    """The three steps of Algorithm 2 on a batch of responses."""
+    """Its three steps on a batch."""
     row = RM_UPDATES[run.cfg.rm_update]
     score_batch(run, batch)
-    positive, negative, valid = filtered(run, batch, batch.ended)  # 1: adaptive feedback filtering
+    positive, negative, valid = filtered(run, batch, batch.ended)  # 1: filter
     record(run, batch, positive, negative, valid)
-    before = batch.rewards
+    before, run.idle = batch.rewards, run.idle + 1
     if row.loss and reward_model_step(run, batch, positive, negative):  # 2: the reward model
+        run.idle = 0
         score_batch(run, batch)
-        run.log.put(reward_shift=(batch.rewards - before).abs().mean(), spread_after=batch.rewards.std(1).mean())
+        run.log.put(reward_shift=(batch.rewards - before).abs(), spread_after=batch.rewards.std(1))
+    run.log.put(**{"learned": not run.idle} if row.loss else {})
+    if row.loss and run.idle == 5:
+        say("five steps in a row trained no RM: Ctrl-C shows what to try")
     if row.anchor == "value head" and batch.ended.any():
-        run.log.put(value_loss=value_step(run, batch.rewards, batch.features, batch.ended))
+        value_step(run, batch.rewards, batch.features, batch.ended)
     positive, negative, _ = filtered(run, batch)  # 3: the policy, with truncated responses
     policy_step(run, batch, positive | negative)
 
@@ -287,7 +273,7 @@ def sample(run, prompts, group, step, purpose="rollout"):
     """`group` responses to each of this rank's `prompts`."""
     cfg, own = run.cfg, mine(prompts)
     seeds = [seed_for(cfg.seed, purpose, step, p, g) for p in mine(range(len(prompts))) for g in range(group)]
-    knobs = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "cache_tokens")}
+    knobs = {name: getattr(cfg, name) for name in "max_new_tokens temperature top_p top_k cache_tokens".split()}
     with run.log.time("rollout"):
         responses, ended = rollout(run.policy, [ids for _, ids in own], group, seeds, **knobs)
     texts, chats = run.policy.tokenizer.batch_decode(responses, skip_special_tokens=True), []
@@ -301,7 +287,7 @@ def sample(run, prompts, group, step, purpose="rollout"):
 
 @torch.no_grad()
 def score(rm, sequences, budget):
-    """[(ids, prompt_length)] -> rewards (N,), prompt features (N,H), without gradients."""
+    """[(ids, prompt_length)] -> rewards (N,), prompt features (N,H)."""
     head, count, first = rm.value_head.weight, len(sequences), {}  # equal ones once: rounding must not rank
     same = [first.setdefault((tuple(ids), length), row) for row, (ids, length) in enumerate(sequences)]
     rewards, features = head.new_empty(count), head.new_empty(count, head.shape[1])
@@ -328,8 +314,7 @@ def anchor(run, batch):
     return masked_mean(batch.rewards, ended, 1)
 
 def label(run, batch):
-    """(P,G): the sign makes Y+ and Y-, the size decides what is kept. Eq. 13, R - V.
-    A judge goes here (tests/forks/); inf and -inf are always kept."""
+    """(P,G): the sign makes Y+ and Y-, the size decides what is kept. Eq. 13. A judge goes here; +-inf is kept."""
     return rm_advantages(batch.rewards, anchor(run, batch))
 
 def filtered(run, batch, usable=None):
@@ -337,12 +322,13 @@ def filtered(run, batch, usable=None):
     if not RM_UPDATES[run.cfg.rm_update].anchor:
         keep = torch.ones_like(batch.ended) if usable is None else usable
         return keep, torch.zeros_like(keep), keep.any(1)
-    return partition(label(run, batch), curriculum_threshold(run.step, run.cfg.steps, run.cfg.m0), usable)
+    labels, threshold = label(run, batch), curriculum_threshold(run.step, run.cfg.steps, run.cfg.m0)
+    expect(labels.is_floating_point() and labels.shape == batch.ended.shape, "label: expected floats of (P,G)")
+    return partition(labels, threshold, usable)
 
 def reward_model_step(run, batch, positive, negative):
-    """Step 2, Eq. 18-20, on backbone and reward head. True if there was anything to learn from. A loss needs all
-    rewards of a group, memory holds a few rows: take dL/dR on the scored rewards, then back-propagate
-    sum(R * dL/dR) in micro-batches. Exact, and rows with dL/dR = 0 cost nothing."""
+    """Step 2, Eq. 18-20, on backbone and reward head; True if it learned. A loss needs all rewards of a group: dL/dR at
+    the scored ones, then sum(R * dL/dR) in micro-batches, is exact, and rows with dL/dR = 0 cost nothing."""
     rewards = batch.rewards.clone().requires_grad_()
     loss = RM_UPDATES[run.cfg.rm_update].loss(rewards, anchor(run, batch), positive, negative, batch.ended)
     weights = torch.autograd.grad(loss, rewards)[0]
@@ -356,15 +342,15 @@ def reward_model_step(run, batch, positive, negative):
     return True
 
 def value_step(run, rewards, features, usable):
-    """Eq. 12 and 21 on the value head, the same on all ranks -> the loss before."""
+    """Eq. 12 and 21 on the value head, the same on all ranks."""
     loss = value_loss(run.rm.value(features), rewards, usable)
     loss.backward()
     run.optimizers["value"].step(run.lr_scale)
-    return loss.item()
+    run.log.put(value_loss=loss)
 
 @torch.no_grad()
 def response_log_probs(run, batch, batches):
-    """(N/W,R), 0 past the end, in the micro-batches of training: others round differently."""
+    """(N/W,R), 0 past the end; other micro-batches than those of training round differently."""
     result = torch.zeros(len(batch.sequences), int(batch.lengths.max()), device=run.cfg.device)
     for rows in batches:
         inputs = model_inputs([batch.sequences[row] for row in rows], run.cfg.device)
@@ -385,7 +371,7 @@ def policy_step(run, batch, keep):
     trained = keep & (keep.sum(1, keepdim=True) >= 2)  # one alone has no rival
     if not trained.any():
         return
-    parts = mine(trained).flatten().chunk(cfg.num_minibatches)  # this rank's share
+    parts = mine(trained).flatten().chunk(cfg.num_minibatches)
     rows = [(part.nonzero()[:, 0] + i * len(part)).tolist() for i, part in enumerate(parts)]
     batches = [micro_batches(part, batch.sequences, cfg.micro_tokens) for part in rows]
     every, old, reference = sum(batches, []), None, None
@@ -410,11 +396,11 @@ def policy_step(run, batch, keep):
         count = part.sum().item()  # of all ranks
         sums += [train_on(run, "policy", micro, micro_loss)] if count else []
     loss, kl, clipped = (sum(column) / len(sums) for column in zip(*sums))
-    run.log.put(policy_loss=loss, kl=kl, clipped=clipped, survivors=trained.float().mean())
+    run.log.put(policy_loss=loss, kl=kl, clipped=clipped, survivors=trained)
 
 # ---- 5. stages
 def train(run, rows, heldout, saved):
-    """Run the stages asked for; nothing is refused here."""
+    """The stages asked for; nothing is refused here."""
     cfg, rm, out, optimizers = run.cfg, run.rm, Path(run.cfg.out), run.optimizers
     anchored, saving = RM_UPDATES[cfg.rm_update].anchor == "value head", cfg.stage in ("", "save")
     run.log = Log(cfg, saved)
@@ -427,8 +413,6 @@ def train(run, rows, heldout, saved):
         optimizers["value"], rm.has_value_head = ShardedAdamW(rm.value_head, cfg.lr_value, cfg), True
     if saving:
         each_step(run, "save", rows, heldout, saved)
-        learned = (out / Log.files[0]).read_text().count("rm_grad_norm") if RANK == 0 else 0
-        say(f"the RM learned in {learned} of {cfg.steps} steps")
     if cfg.stage == "value" and RANK == 0:  # all but the head as it came
         rm.model = RewardModel.from_pretrained(cfg.rm).model
     if "rm" in optimizers:
@@ -443,8 +427,7 @@ def train(run, rows, heldout, saved):
 
 def preference_step(run, pairs):
     """Stage preference: one step of Eq. 11 on the next pairs."""
-    cfg = run.cfg
-    batch = mine(draw(pairs, cfg.seed, "pairs", (run.step - 1) * cfg.batch, cfg.batch))
+    cfg, batch = run.cfg, mine(draw(pairs, run.cfg.seed, "pairs", (run.step - 1) * run.cfg.batch, run.cfg.batch))
     longer = [max(pair, key=lambda side: len(side[0])) for pair in batch]
     def micro_loss(model, index):
         rewards, _ = model(*model_inputs([side for i in index for side in batch[i]], cfg.device))
@@ -455,30 +438,35 @@ def preference_step(run, pairs):
     run.log.put(rm_loss=loss, rm_accuracy=accuracy)
 
 def value_stage(run, prompts):
-    """Stage value, Eq. 12: V towards the mean of K rewards, judged on a tenth of the prompts kept out."""
-    cfg, batches = run.cfg, []
+    """Stage value, Eq. 12: V from 0 towards the mean of K rewards, judged on a tenth kept out."""
+    cfg, batches, head = run.cfg, [], run.rm.value_head
     count = max(1, (cfg.value_prompts or min(len(prompts), cfg.batch * cfg.steps)) // cfg.batch) * cfg.batch
-    chosen = draw(prompts, cfg.seed, "value prompts", 0, count)
+    known = draw(prompts, cfg.seed, "value prompts", 0, min(count, len(prompts)))
+    tenth = len(known) // 10  # of fewer than 10: none
+    chosen = [known[i % (len(known) - tenth)] for i in range(count - tenth)] + known[len(known) - tenth:]
     for start in tqdm(range(0, count, cfg.batch), "value: sample, score", disable=NO_BAR):
-        batch = sample(run, chosen[start:start + cfg.batch], cfg.value_k, start, "value")
-        score_batch(run, batch)
-        batches.append((batch.rewards, batch.features, batch.ended))
-    data = _, _, ended = [torch.cat(tensors) for tensors in zip(*batches)]
-    run.optimizers["value"] = ShardedAdamW(run.rm.value_head, cfg.value_lr, cfg)
-    tenth = count // 10  # of fewer than 10: none
-    parts = torch.arange(count - tenth).split(cfg.value_batch) * cfg.value_epochs
+        done = Path(cfg.out, f".value_{seed_for(run.fixed, WORLD)}/{start}/{RANK}.pt")
+        if not done.exists():
+            batch = sample(run, chosen[start:start + cfg.batch], cfg.value_k, start, "value")
+            score_batch(run, batch)
+            with replaced_folder(done.parent) as folder:
+                torch.save([batch.lengths, batch.ended, batch.rewards, batch.features], folder / f"{RANK}.pt")
+        batches.append(torch.load(done, cfg.device))
+    lengths, *data = [torch.cat(tensors) for tensors in zip(*batches)]
+    head.load_state_dict({name: 0 * x for name, x in head.state_dict().items()})
+    run.optimizers["value"], run.rm.has_value_head = ShardedAdamW(head, cfg.value_lr, cfg), True
+    parts = torch.arange(count - tenth).split(32) * cfg.value_epochs
     for done, part in enumerate(parts):
         run.lr_scale = 1 - (cfg.lr_schedule == "linear") * done / len(parts)
-        if ended[part].any():
-            value_step(run, *(x[part] for x in data))
-    run.rm.has_value_head = True
-    rewards, features, ended = (x[-tenth:] for x in data)
-    means, some = masked_mean(rewards, ended, 1), ended.any(1)
-    variance = masked_mean((means - masked_mean(means, some)) ** 2, some)
-    error = value_loss(run.rm.value(features), rewards, ended)
-    run.log.put(value_loss=error, value_target_variance=variance)
-    run.log.put(**{"value_r2": 1 - error / variance} if variance > 0 else {})
+        ended, rewards, features = (x[part] for x in data)
+        if ended.any():
+            value_step(run, rewards, features, ended)
+    batch = Batch([], [], [], [], lengths, *(x[-tenth:] for x in data))
+    advantages = rm_advantages(batch.rewards, run.rm.value(batch.features).detach())
+    record(run, batch, *partition(advantages, curriculum_threshold(1, cfg.steps, cfg.m0), batch.ended))
     run.log.write(0, "value")
+    say(f"V is judged on {tenth} prompts kept out: fewer than 50 say nothing")
+    closing_words(run, "value" if tenth >= 50 else "")
 
 def each_step(run, stage, rows, heldout, saved):
     """The steps of a stage: resume, train, evaluate, log, save."""
@@ -507,16 +495,19 @@ def each_step(run, stage, rows, heldout, saved):
         if stopping or cfg.save_every and run.step % cfg.save_every == 0:
             save_checkpoint(run)
         if stopping:
+            closing_words(run, stage)
             say(f"stopped after step {run.step}: --resume goes on")
             sys.exit(0)
+    closing_words(run, stage)
 
 def heldout_accuracy(run, heldout):
-    """% of pairs with R(chosen) > R(rejected) in each --heldout file; a tie is wrong."""
+    """% of pairs with R(chosen) > R(rejected) in each --heldout file, and Eq. 11."""
     for name, pairs in heldout.items():
         rewards, _ = score(run.rm, [side for pair in mine(pairs) for side in pair], run.cfg.micro_tokens)
-        accuracy = 100 * total((rewards[0::2] > rewards[1::2]).sum())[0] / len(pairs)
-        run.log.put(**{f"accuracy_{name}": accuracy})
-        say(f"  accuracy on {name}: {accuracy:.2f} %")
+        margins = rewards[0::2] - rewards[1::2]
+        right, loss = (x / len(pairs) for x in total((margins > 0).sum(), -F.logsigmoid(margins).sum()))
+        run.log.put(**{f"accuracy_{name}": 100 * right, f"loss_{name}": loss})
+        say(f"  accuracy on {name}: {100 * right:.2f} %, loss {loss:.4f}")
 
 # ---- 6. the two models
 def load(kind, path, device):
@@ -529,9 +520,8 @@ def load(kind, path, device):
     expect(not info["missing_keys"], f"it lacks {sorted(info['missing_keys'])[:3]}")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, state_dict={})
-    for module in map(vars, model.modules()):  # two passes must be equal
-        rates = [name for name, x in module.items() if isinstance(x, float) and re.search("drop|jitter|^p$", name)]
-        module.update(dict.fromkeys(rates, 0.0))
+    for own in map(vars, model.modules()):  # two passes must be equal
+        own |= {name: 0.0 for name, x in own.items() if isinstance(x, float) and re.search("drop|jitter|^p$", name)}
     model.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     return model, tokenizer
 
@@ -543,28 +533,25 @@ class RewardModel(nn.Module):
         self.model.score.float()
         [(chat, start)] = encode_responses(tokenizer, [{"role": "user", "content": "a"}], ["b"])
         expect(len(chat) > start, "its chat template leaves out the response")
-        # stock pooling skips the pad at the end: it is no text
         config, known = model.config.get_text_config(), tokenizer.added_tokens_decoder.items()
         special = [i for i, x in known if x.special and x.content[1:] and chat[-1] != i < config.vocab_size]
         pads = sorted(special, key=lambda i: (i != tokenizer.pad_token_id, i != config.pad_token_id, i in chat))
-        config.pad_token_id = tokenizer.pad_token_id = expect(pads, "it needs a pad_token")[0]
+        config.pad_token_id = tokenizer.pad_token_id = expect(pads, "it needs a pad_token")[0]  # pooling skips it
         self.value_head = nn.Linear(model.score.in_features, 1)
-        zeros = {name: p * 0 for name, p in self.value_head.state_dict().items()}
+        zeros = {"weight": torch.zeros(1, model.score.in_features), "bias": torch.zeros(1)}
         self.value_head.load_state_dict(value_head or zeros)
-        self._ddp_params_and_buffers_to_ignore = ["value_head.weight", "value_head.bias"]  # V has its own step
 
     @classmethod
     def from_pretrained(cls, path, device="cpu"):
-        """A folder or hub name: a causal classifier with 1 label, perhaps a value head."""
+        """A causal classifier with 1 label, perhaps a value head."""
         with blamed(f"--rm {path}: expected a reward model"):
             model, tokenizer = load(AutoModelForSequenceClassification, path, device)
-            one = getattr(getattr(model, "score", None), "out_features", 0) == 1
-            expect(one, "it has no linear `score` head with 1 label")
+            expect(getattr(getattr(model, "score", 0), "out_features", 0) == 1, "no linear `score` head of 1 label")
             head = Path(path, "value_head.safetensors")
             return cls(model, tokenizer, safetensors.torch.load_file(head) if head.is_file() else None).to(device)
 
     def features(self, input_ids, lengths, prompt_lengths):
-        """Hidden states (N,H), fp32: of the last token for R, the last of the prompt for V."""
+        """Hidden states (N,H), fp32: at the last token for R, at the end of the prompt for V."""
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         rows = torch.arange(len(input_ids), device=input_ids.device)
         return hidden[rows, lengths - 1].float(), hidden[rows, prompt_lengths - 1].float()
@@ -579,7 +566,7 @@ class RewardModel(nn.Module):
         return self.model.score(last).squeeze(-1), self.value(prompt)
 
     def save_pretrained(self, path):
-        """A stock sequence-classification folder in fp32 and value_head.safetensors."""
+        """A stock classification folder in fp32 and value_head.safetensors."""
         with replaced_folder(path, self.model.float(), self.tokenizer) as folder:
             if self.has_value_head and RANK == 0:
                 safetensors.torch.save_model(self.value_head, folder / "value_head.safetensors")
@@ -594,7 +581,7 @@ class Policy(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_pretrained(cls, path, device="cpu"):
-        """A folder or hub name of a causal LM."""
+        """A causal LM."""
         with blamed(f"--policy {path}: expected a causal language model"):
             policy = cls(*load(AutoModelForCausalLM, path, device))
             expect([*map(int, policy.eos_ids)], "it has no EOS token")
@@ -602,12 +589,12 @@ class Policy(nn.Module):
             for i, answer in enumerate(rollout(policy, prompts, 2, range(4), max_new_tokens=8, **knobs)[0]):
                 inputs = model_inputs([(prompts[i // 2] + answer, len(prompts[i // 2]))], device)
                 logits = policy.model(input_ids=inputs[0]).logits[0, -len(answer) - 1:-1]
-                own, said = logits.float().log_softmax(1), torch.tensor(answer, device=device)
-                same = torch.allclose(policy(*inputs, 1.0)[0][0], own[range(len(said)), said], atol=0.02)
-                expect(same, "its logits are scaled, or NaN")
+                said, own = torch.tensor(answer, device=device), policy(*inputs, 1.0)[0][0]
+                fine = torch.allclose(own, -F.cross_entropy(logits.float(), said, reduction="none"), atol=0.02)
                 uniforms = torch.rand(8, generator=torch.Generator().manual_seed(i))[:len(said)].to(device)
                 same = (sample_tokens(logits, uniforms, **knobs) == said).float().mean()
-                expect(same == 1 or same > 0.7 and logits.dtype != own.dtype, "its cache is not supported")
+                fine &= same == 1 or same > 0.7 and logits.dtype != own.dtype
+                expect(fine, "its cache is not supported, or its logits are scaled")
             return policy
 
     def forward(self, input_ids, lengths, prompt_lengths, temperature, chunk=512):
@@ -623,8 +610,7 @@ class Policy(nn.Module):
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(log_probs)), mask
 
 def dithered(target, source, name):
-    """Copy. In bf16 every change shows, its own grid stays: add 16 random bits, fixed by the name, and cut 16. To
-    nearest, changes below half a step hide: all at lr 1e-7."""
+    """Copy; to bf16 so that every change shows and bf16 numbers stay: add 16 random bits, fixed by the name, cut 16."""
     numbers = torch.Generator(target.device).manual_seed(seed_for(name))
     for to, x in zip(target.view(-1).split(2 ** 24), source.view(-1).split(2 ** 24)):
         x = x.to(target.device, torch.float32)
@@ -639,13 +625,13 @@ def to_working_copy(module, cfg):
     for name, p in module.model.named_parameters():
         dtype = torch.float32 if name == "score.weight" else getattr(torch, cfg.dtype)
         p.data = p.data if p.dtype == dtype else dithered(torch.empty_like(p, dtype=dtype), p.data, name)
-    if cfg.device != "cpu":  # recompute activations
+    if cfg.device != "cpu":
         module.model.gradient_checkpointing_enable({"use_reentrant": False})
     return module.to(cfg.device)
 
 # ---- 7. rollout
 def sample_tokens(logits, uniforms, temperature, top_p, top_k):
-    """Temperature (0: greedy), top-k, then top-p. logits (n,V), uniforms (n,) -> tokens (n,)."""
+    """Temperature (0: greedy), top-k, top-p. logits (n,V), uniforms (n,) -> tokens (n,)."""
     if temperature == 0:
         return logits.argmax(-1)
     ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
@@ -659,9 +645,9 @@ def sample_tokens(logits, uniforms, temperature, top_p, top_k):
 
 @torch.no_grad()
 def rollout(policy, prompt_ids, group, seeds, *, max_new_tokens, temperature, top_p, top_k, cache_tokens=0):
-    """`group` responses to P token lists -> P*group token lists (with EOS), whether each ended."""
+    """`group` responses to P token lists -> P*group token lists, with EOS, whether each ended."""
     responses, ended = [None] * len(seeds), [None] * len(seeds)
-    if not cache_tokens and policy.model.device.type == "cuda":  # what is free, but for a fifth
+    if not cache_tokens and policy.model.device.type == "cuda":  # 0.8 of what is free
         sizes = [len(p) * p.itemsize for name, p in policy.named_parameters() if re.search("[kv]_proj.weight", name)]
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         cache_tokens = int(0.8 * free) // max(sum(sizes), 1)
@@ -675,19 +661,18 @@ def rollout(policy, prompt_ids, group, seeds, *, max_new_tokens, temperature, to
     return responses, ended
 
 def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
-    """One wave, each prompt prefilled once -> tokens (n,R), -1 after the end; ended (n,)."""
+    """Each prompt prefilled once -> tokens (n,R), -1 after the end; ended (n,)."""
     device, cache = policy.model.device, transformers.DynamicCache(config=policy.model.config)
     lengths = torch.tensor([len(ids) for ids in prompt_ids], device=device)
-    width = int(lengths.max())  # left-padded: the next tokens share a column
+    width = int(lengths.max())  # left-padded
     ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
     mask = torch.arange(width + max_new_tokens, device=device) >= width - lengths[:, None]
     position = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
-    uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    uniforms = torch.stack(uniforms).to(device)
-    stop_ids = torch.tensor(policy.eos_ids, device=device)
+    draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    uniforms, stop_ids = torch.stack(draws).to(device), torch.tensor(policy.eos_ids, device=device)
     tokens = torch.full((len(seeds), max_new_tokens), -1, device=device)
     ended = torch.zeros(len(seeds), dtype=torch.bool, device=device)
-    rows = torch.arange(len(seeds), device=device)  # still in the batch
+    rows = torch.arange(len(seeds), device=device)
     for t in range(max_new_tokens):
         logits = policy.model(input_ids=ids, attention_mask=mask[:, :width + t].long(), position_ids=position,
                               past_key_values=cache, logits_to_keep=1).logits[:, -1]
@@ -725,7 +710,7 @@ class ShardedAdamW:
         self.adamw = torch.optim.AdamW(self.masters.values() or [torch.zeros(1)], lr, weight_decay=0.0, fused=True)
 
     def publish(self, source):
-        """Write each rank's `source` (masters or initial) into all working copies."""
+        """Write `source` (masters or initial) into all working copies."""
         for name, p in self.named:
             if name in source:
                 dithered(p.data, source[name], name)
@@ -737,7 +722,7 @@ class ShardedAdamW:
         norm = torch.stack(norms).norm().item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm}")
-        scale = min(1.0, self.max_norm / (norm + 1e-6))  # as torch clips
+        scale = min(1.0, self.max_norm / (norm + 1e-6))
         for name, p in self.named:
             if name in self.masters and p.grad is not None:
                 self.masters[name].grad = p.grad.to(self.device, torch.float32) * scale
@@ -776,7 +761,7 @@ def mine(items):
     return items[RANK::WORLD]
 
 def gather(share):
-    """(P/W, ...) on each rank -> (P, ...) on every rank, the reverse of `mine`."""
+    """(P/W, ...) of each rank -> (P, ...), the reverse of `mine`."""
     if WORLD == 1:
         return share
     shares = [torch.empty_like(share, dtype=torch.float32) for _ in range(WORLD)]
@@ -784,7 +769,7 @@ def gather(share):
     return torch.stack(shares, 1).flatten(0, 1).to(share.dtype)
 
 def broadcast(tensor, source):
-    """Overwrite `tensor` on all ranks by that of rank `source`."""
+    """`tensor` of rank `source` on all ranks."""
     if WORLD > 1:
         dist.broadcast(tensor, source)
 
@@ -797,8 +782,8 @@ def total(*numbers):
     return sums.tolist()
 
 def train_on(run, name, batches, micro_loss):
-    """A step of model `name` on micro_loss(model, rows) -> (loss, numbers), summed over all micro-batches of all
-    ranks -> sums of the numbers. A rank without any takes part with row 0 at weight 0."""
+    """A step of model `name` on micro_loss(model, rows) -> (loss, numbers), summed over all ranks -> their sums.
+    A rank without micro-batches takes part with row 0 at weight 0."""
     model, sums, weight = getattr(run, name), [], bool(batches)
     with run.log.time(f"{name}_update"):
         wrapped = model.train()  # or activations are kept
@@ -822,11 +807,10 @@ def train_on(run, name, batches, micro_loss):
 # ---- 10. text and data
 def encode_chats(tokenizer, chats, generation_prompt=False):
     """Chats -> lists of token ids, with one BOS if the tokenizer wants one."""
-    special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    pattern = re.compile("|".join(special) or "(?!)")  # in messages a space makes them text
-    plain = functools.partial(pattern.sub, lambda m: m[0][0] + " " + m[0][1:])
-    chats = [[{"role": plain(x["role"]), "content": plain(x["content"])} for x in chat] for chat in chats]
-    date, template = datetime.datetime(2024, 7, 26), tokenizer.get_chat_template()  # not now
+    special = "|".join(re.escape(x.content) for x in tokenizer.added_tokens_decoder.values() if x.special) or "(?!)"
+    plain, apart = re.compile(special).sub, lambda m: m[0][0] + " " + m[0][1:]  # a space makes them text
+    chats = [[{"role": plain(apart, x["role"]), "content": plain(apart, x["content"])} for x in chat] for chat in chats]
+    date, template = datetime.datetime(2024, 7, 26), tokenizer.get_chat_template()
     pinned = "".join(f"|replace('%{c}', '{date:%{c}}')" for c in "aAbBdHIjmMpSyYeF")
     template = "{% macro strftime_now(format) %}{{ format" + pinned + " }}{% endmacro %}" + template
     knobs = {"add_generation_prompt": generation_prompt, "date_string": "26 Jul 2024", "tokenize": False}
@@ -837,15 +821,14 @@ def encode_chats(tokenizer, chats, generation_prompt=False):
     return [bos + ids if wants_bos and ids[:1] != bos else ids for ids in rows]
 
 def encode_responses(tokenizer, messages, responses):
-    """A prompt and responses -> [(ids, prompt_length)] in the RM's template. V is read at the prompt's end."""
+    """A prompt and responses -> [(ids, prompt_length)] in the RM's template."""
     answered = [messages + [{"role": "assistant", "content": text}] for text in responses]
     prompt, *rows = encode_chats(tokenizer, [messages, *answered])
-    same = all(row[:len(prompt)] == prompt for row in rows)
-    expect(same, "expected a chat template that renders the prompt as a prefix")
+    expect(all(x[:len(prompt)] == prompt for x in rows), "expected a chat template that renders the prompt as a prefix")
     return [(row, len(prompt)) for row in rows]
 
 def read_rows(source, flag):
-    """Yield (where, row) of .json(l)(.gz), which `datasets` would change, .parquet or hub `name[:split]`."""
+    """(where, row) of .json(l)(.gz), which `datasets` would change, .parquet or hub `name[:split]`."""
     kind, number = Path(source.removesuffix(".gz")).suffix, 0
     try:
         if kind in (".json", ".jsonl"):
@@ -854,7 +837,7 @@ def read_rows(source, flag):
             expect(not isinstance(rows, dict | str), "a list of rows")
         else:
             import datasets
-            datasets.disable_progress_bars() if NO_BAR or not sys.stderr.isatty() else 0
+            datasets.disable_progress_bars()
             name, _, split = source.partition(":")
             name, file = ("parquet", source) if kind == ".parquet" else (name, None)
             rows = datasets.load_dataset(name, data_files=file, split=split or "train")
@@ -865,7 +848,7 @@ def read_rows(source, flag):
         expect(False, f"--{flag} {source}{where}: expected JSON, parquet or a hub dataset: {error}")
 
 def used_rows(source, flag, use):
-    """use(row) of all rows, joined. A bad row of a file is refused, of a hub set left out."""
+    """use(row) of all rows, joined. Bad rows of a file are refused, of a hub set left out."""
     used, number = [], 0
     for number, (where, row) in enumerate(read_rows(source, flag), 1):
         with blamed(where, refuse=Path(source).exists()):
@@ -874,7 +857,7 @@ def used_rows(source, flag, use):
     return expect(used, f"--{flag} {source}: expected rows that can be used")
 
 def as_messages(value, where, role="user"):
-    """A chat from a string or from a list of {"role", "content"}."""
+    """A chat from text or a list of {"role", "content"}."""
     with blamed(f'{where}: expected text or {{"role", "content"}} messages, got {repr(value)[:80]}'):
         chat = [{"role": role, "content": value}] if isinstance(value, str) and value.strip() else value
         others = {key for message in chat for key in message if message[key]} - {"role", "content"}
@@ -898,20 +881,18 @@ def prompt_of(row, cfg, policy, rm):
     return [(messages, ids)] if max(lengths, default=0) <= cfg.max_new_tokens else []
 
 def as_pair(row):
-    """A row of prompt, chosen, rejected -> prompt messages, [chosen, rejected] texts."""
-    there = isinstance(row, dict) and {"chosen", "rejected"} <= {*row}
-    expect(there, f"expected columns prompt, chosen, rejected, got {', '.join(row)}")
+    """A row -> prompt messages, [chosen, rejected] texts."""
+    expect({"chosen", "rejected"} <= {*row}, f"expected columns prompt, chosen, rejected, got {', '.join(row)}")
     chats = [as_messages(row[side], side, "assistant") for side in ("chosen", "rejected")]
     prompt = as_messages(row["prompt"], "prompt") if row.get("prompt") else []
     head, other = (chat[:-1] or prompt for chat in chats)
-    same = head == other and all(chat[-1]["role"] == "assistant" for chat in chats)
-    expect(same, "expected chosen and rejected to answer the same chat")
-    whole = head and head[0]["role"] != "assistant" and all(message in head for message in prompt)
-    expect(whole, "expected a prompt, or chats with it in them")
+    fine = head == other and all(chat[-1]["role"] == "assistant" for chat in chats)
+    fine = fine and head and head[0]["role"] != "assistant" and all(message in head for message in prompt)
+    expect(fine, "expected a prompt, or chats with it in them, and both to answer the same chat")
     return head, [chat[-1]["content"] for chat in chats]
 
 def pair_of(row, rm, limit=sys.maxsize):
-    """[(chosen, rejected)] of a row, each (ids, prompt_length) of at most `limit` tokens."""
+    """[(chosen, rejected)] of a row, each (ids, prompt_length)."""
     pair, limit = encode_responses(rm.tokenizer, *as_pair(row)), min(limit, rm.model.positions)
     expect(max(len(ids) for ids, _ in pair) <= limit, f"expected at most {limit} tokens")
     return [pair]
@@ -923,9 +904,9 @@ def model_inputs(sequences, device):
     return ids.to(device), lengths[:, 0], lengths[:, 1]
 
 def micro_batches(rows, sequences, budget):
-    """Rows in lists of at most `budget` padded tokens (or one row), longest first."""
+    """Rows in lists of at most `budget` padded tokens, or one row, longest first."""
     batches, width = [], 0
-    for row in sorted(rows, key=lambda row: (-len(sequences[row][0]), row)):
+    for row in sorted(rows, key=lambda row: -len(sequences[row][0])):
         if not batches or (len(batches[-1]) + 1) * width > budget:
             batches.append([])
             width = len(sequences[row][0])
@@ -933,11 +914,11 @@ def micro_batches(rows, sequences, budget):
     return batches
 
 def seed_for(*purpose):
-    """A seed of (seed, purpose, step, row): no state to save, no replay on resume."""
+    """A seed of (seed, purpose, step, row): no state, no replay."""
     return int.from_bytes(hashlib.blake2b(repr(purpose).encode(), digest_size=8).digest(), "big") >> 1
 
 def draw(items, seed, purpose, start, count):
-    """Items start .. start+count-1 of an endless stream of shuffled epochs."""
+    """Items start .. start+count-1 of endless shuffled epochs."""
     order = []
     for epoch in range(start // len(items), (start + count - 1) // len(items) + 1):
         numbers = torch.Generator().manual_seed(seed_for(seed, purpose, epoch))
@@ -945,6 +926,7 @@ def draw(items, seed, purpose, start, count):
     return [items[i] for i in order[start % len(items):][:count]]
 
 # ---- 11. checkpoints and logs
+STEPS = "checkpoints/step_" + 6 * "[0-9]"
 @contextmanager
 def replaced_folder(path, *parts):
     """Write beside `path`, then rename: a kill leaves all or nothing."""
@@ -954,122 +936,143 @@ def replaced_folder(path, *parts):
         new.mkdir(parents=True)
         for part in parts:
             part.save_pretrained(new)
-    total(0)  # wait for every rank
+    total(0)  # a barrier
     yield new
     total(0)
     if RANK == 0:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(new, path)
+    total(0)
 
 def save_checkpoint(run):
     """checkpoints/step_000123/rank_00000.pt of each rank. Two are kept."""
     out = Path(run.cfg.out)
-    state = {"step": run.step, "world": WORLD, "config": {**asdict(run.cfg), **run.inputs},
-             "logs": [(out / name).stat().st_size for name in Log.files], "optimizers": {}}
-    for name, optimizer in run.optimizers.items():
-        of = optimizer.adamw.state
-        state["optimizers"][name] = {key: {"master": p.detach(), **of[p]} for key, p in optimizer.masters.items()}
+    state = {"step": run.step, "world": WORLD, "config": run.fixed, "optimizers": {},
+             "logs": [(out / name).stat().st_size for name in Log.files]}
+    for name, x in run.optimizers.items():
+        state["optimizers"][name] = {key: {"master": p.detach(), **x.adamw.state[p]} for key, p in x.masters.items()}
     with replaced_folder(out / f"checkpoints/step_{run.step:06d}") as folder, blamed("no checkpoint"):
         torch.save(state, folder / f"rank_{RANK:05d}.pt")
-    for old in sorted(out.glob("checkpoints/step_" + 6 * "[0-9]"))[:-2] if RANK == 0 else ():
+    for old in [*out.glob(".value*"), *sorted(out.glob(STEPS))[:-2]] if RANK == 0 else ():
         shutil.rmtree(old)
 
-def read_checkpoint(cfg, inputs):
-    """What the ranks saved last; refused if other flags or inputs made it."""
-    folder = max(Path(cfg.out).glob("checkpoints/step_" + 6 * "[0-9]"), default=None)
+def read_checkpoint(run):
+    """What the ranks saved last, by the same flags and inputs."""
+    folder = max(Path(run.cfg.out).glob(STEPS), default=None)
     if not folder:
         return []
     with blamed(f"--resume: {folder} is damaged, remove it"):
         saved = [torch.load(file, "cpu", mmap=True, weights_only=True) for file in sorted(folder.glob("*.pt"))]
-        was, now = saved[0]["config"], {**asdict(cfg), **inputs}
+        was = saved[0]["config"]
         expect(len(saved) == saved[0]["world"], "a rank's file is missing")
-    may_change = "out resume save_every eval_every heldout device offload micro_tokens cache_tokens".split()
-    changed = [f"--{name} was {was.get(name)!r}, is {x!r}" for name, x in now.items()
-               if name not in may_change and was.get(name) != x]
+    changed = [f"--{name} was {was.get(name)!r}, is {x!r}" for name, x in run.fixed.items() if was.get(name) != x]
     expect(not changed, f"--resume: {folder} is of other flags: {'; '.join(changed)}")
     return saved
 
-def say(*words):
+def say(*words, sep=" "):
     """Print on rank 0, around progress bars."""
     if RANK == 0:
-        tqdm.write(" ".join(map(str, words)))
+        tqdm.write(sep.join(map(str, words)))
         sys.stdout.flush()
 
 class Log:
-    """The two files under --out, and the console."""
+    """Two files under --out, and the console."""
     files = "metrics.jsonl", "samples.jsonl"
-    shown = "rm_loss rm_accuracy reward reward_spread kept valid kl value_r2 step_seconds".split()
+    shown = "rm_loss rm_accuracy reward reward_spread kept valid kl step_seconds".split()
 
     def __init__(self, cfg, saved=()):
         self.cfg, self.record = cfg, {}
         if RANK == 0:
             Path(cfg.out).mkdir(parents=True, exist_ok=True)
-            for i, name in enumerate(Log.files):  # later steps come again
+            for name, size in zip(Log.files, saved[0]["logs"] if saved else (0, 0)):  # later steps come again
                 with open(Path(cfg.out, name), "a") as file:
-                    file.truncate(min(file.tell(), saved[0]["logs"][i] if saved else 0))
-        self.append("metrics.jsonl", {"config": asdict(cfg), "world": WORLD, "torch": torch.__version__,
-                                      "transformers": transformers.__version__})
+                    file.truncate(min(file.tell(), size))
+        script = Path(getattr(sys.modules["__main__"], "__file__", __file__)).read_bytes()
+        versions = {x.__name__: x.__version__ for x in (torch, transformers)}
+        self.append(Log.files[0], {"config": asdict(cfg), "world": WORLD, **versions, "argv": sys.argv,
+                                   "rows": [*RM_UPDATES, *ALGORITHMS], "sha256": hashlib.sha256(script).hexdigest()})
 
-    def append(self, name, *records):
-        """Add JSON lines to a file, on rank 0."""
+    def append(self, name, record):
+        """Add a JSON line to a file, on rank 0."""
         if RANK == 0:
             with open(Path(self.cfg.out, name), "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+                file.write(json.dumps(record) + "\n")
 
     def put(self, **values):
-        """Add numbers to the record of the step."""
-        self.record.update({name: x.item() if torch.is_tensor(x) else x for name, x in values.items()})
+        """Finite numbers, of tensors the means, for the record of the step."""
+        values = {name: x.float().mean().item() if torch.is_tensor(x) else x for name, x in values.items()}
+        self.record |= {name: x for name, x in values.items() if math.isfinite(x)}
 
     @contextmanager
     def time(self, phase):
-        """Seconds of a phase, and on a GPU its peak memory."""
-        start, record = time.perf_counter(), self.record
-        if self.cfg.device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
+        """Seconds of a phase."""
+        start, name = time.perf_counter(), f"{phase}_seconds"
         yield
         if self.cfg.device != "cpu":
             torch.cuda.synchronize()
-            record[f"{phase}_gb"] = max(torch.cuda.max_memory_allocated() / 1e9, record.get(f"{phase}_gb", 0))
-        record[f"{phase}_seconds"] = record.get(f"{phase}_seconds", 0) + time.perf_counter() - start
+        self.record[name] = self.record.get(name, 0) + time.perf_counter() - start
 
     def write(self, step, stage):
-        """Close the record of a step; every tenth is printed."""
+        """End the record of a step; every tenth is printed."""
         record, self.record = {"step": step, "stage": stage, **self.record}, {}
         self.append("metrics.jsonl", record)
         if step % 10 == 0 or step in (1, self.cfg.steps):
             say(stage, step, *(f" {name} {record[name]:.4g}" for name in Log.shown if name in record))
 
+TRY = (  # a number, its least and most, what to try beyond; README
+    ("learned", 0.5, 1, "lower --m0; a loss with a gradient where R+ - R- >= 2 logit(mu)"),
+    ("kept", 0.05, 1, "lower --m0"), ("valid", 0.05, 1, "lower --m0, raise --lr_value, signed labels"),
+    ("value_r2", 0, 1, "raise --value_epochs, --lr_value"), ("value_bias", -1e9, 1e9, ""),
+    ("reward_spread", 0, 1e9, ""), ("common_push", -0.1, 0.1, "tests/forks/centred.py"),
+    ("spread_times", 0, 1.1, "it sharpens what it believes: lower --lr_rm"))
+
+def closing_words(run, stage):
+    """Medians of the first and last quarter of a stage, and what to try; they end metrics.jsonl."""
+    rows = [row for row in map(json.loads, open(Path(run.cfg.out, Log.files[0]))) if row.get("stage") == stage]
+    times, x = [row["spread_after"] / (row["reward_spread"] or 1) for row in rows if "spread_after" in row], {}
+    for name, *_ in TRY:
+        numbers = [row[name] for row in rows if name in row]
+        few = len(numbers) // 4 + 1
+        x |= {name: [sorted(part)[few // 2] for part in (numbers[:few], numbers[-few:])]} if numbers else {}
+    x |= {"spread_times": [1, math.prod(times)]} if times else {}
+    tries = [f"try: {words} ({name})" for name, low, high, words in TRY if name in x
+             and not low <= min(x[name]) <= max(x[name]) <= high]
+    learned = f"the RM learned in {len(times)} of {len(rows) - 1} steps; " * ("learned" in x)
+    numbers = "; ".join(f"{name} {a:.3g}, {b:.3g}" for name, (a, b) in x.items())
+    if x:
+        say(f"{learned}first and last quarter: {numbers}", *tries, sep="\n")
+        run.log.append(Log.files[0], {"closing": x, "try": tries})
+
 def record(run, batch, positive, negative, valid):
-    """What the filter did, how far V is off; rank 0's responses go to samples.jsonl."""
+    """What the filter did, how far V is off; samples.jsonl."""
     cfg, rewards, values, sides = run.cfg, batch.rewards, anchor(run, batch), positive.int() - negative.int()
-    means = {"reward": rewards, "reward_spread": rewards.std(1), "kept": sides.abs(), "positive": positive,
-             "valid": valid, "response_tokens": batch.lengths, "truncated": ~batch.ended}
-    run.log.put(**{name: x.float().mean() for name, x in means.items()},
-                tokens_per_second=batch.lengths.sum().item() / run.log.record["rollout_seconds"])
+    run.log.put(reward=rewards, reward_spread=rewards.std(1), kept=sides.abs(), positive=positive, valid=valid,
+                response_tokens=batch.lengths, truncated=~batch.ended)
     if RM_UPDATES[cfg.rm_update].anchor == "value head":
-        bias, fitted = values - masked_mean(rewards, batch.ended, 1), batch.ended.any(1)
-        run.log.put(value_bias=masked_mean(bias, fitted), threshold=curriculum_threshold(run.step, cfg.steps, cfg.m0))
+        means, some = masked_mean(rewards, batch.ended, 1), batch.ended.any(1)
+        error, variance = (masked_mean((means - x) ** 2, some) for x in (values, masked_mean(means, some)))
+        bias, threshold = masked_mean(values - means, some), curriculum_threshold(run.step, cfg.steps, cfg.m0)
+        run.log.put(value_bias=bias, value_loss=error, value_target_variance=variance, threshold=threshold,
+                    value_r2=1 - error / variance)
     prompts = [messages for messages, _ in batch.prompts for _ in range(cfg.group)]
-    columns = rewards, ~batch.ended, values[:, None].expand_as(rewards), sides
-    rows = zip(prompts, batch.texts, *(mine(x).flatten().tolist() for x in columns))
-    run.log.append("samples.jsonl", *(
-        {"step": run.step, "prompt": prompt, "response": text, "reward": reward, "truncated": truncated,
-         "value": value, "side": ("", "+", "-")[side], "kept": side != 0}
-        for prompt, text, reward, truncated, value, side in rows))
+    columns = rewards, ~batch.ended, values[:, None].expand_as(rewards), sides.abs() > 0, sides
+    names = "prompt response reward truncated value kept".split()
+    for *row, side in zip(prompts, batch.texts, *(mine(x).flatten().tolist() for x in columns)):
+        run.log.append("samples.jsonl", {"step": run.step, "side": ("", "+", "-")[side], **dict(zip(names, row))})
 
 # ---- 12. errors and main
 class UsageError(Exception):
     """Bad input: one line, exit code 2, nothing is written."""
 
 def expect(fine, message):
-    """What is fine, or stop: the flag, file or row, and what was expected."""
+    """`fine`, or stop: the flag, file or row, and what was expected."""
     if not fine:
         raise UsageError(message)
     return fine
 
 @contextmanager
 def blamed(what, refuse=True):
-    """What goes wrong inside is a UsageError that begins with `what`."""
+    """Errors inside become a UsageError that begins with `what`."""
     try:
         yield
     except Exception as error:
@@ -1077,34 +1080,31 @@ def blamed(what, refuse=True):
 
 def prepare(cfg):
     """Load and check all, write nothing -> Run, rows, held-out pairs, checkpoint."""
-    preference, saving, row = cfg.stage == "preference", cfg.stage in ("", "save"), RM_UPDATES[cfg.rm_update]
+    preference, saving = cfg.stage == "preference", cfg.stage in ("", "save")
     models = [Path(path).resolve() for path in (cfg.rm, cfg.policy)]
     results = [Path(cfg.out, name).resolve() for name in ("rm", "policy", "checkpoints", *Log.files)]
     taken = any(path in models or path.exists() and not cfg.resume for path in results) or Path(cfg.out).is_file()
     expect(cfg.out and not taken, f"--out {cfg.out}: expected a new folder, or --resume")
     rm = RewardModel.from_pretrained(cfg.rm, cfg.device)
-    lacking = cfg.stage == "save" and row.anchor == "value head" and not rm.has_value_head
-    expect(not lacking, f"--rm {cfg.rm}: expected value_head.safetensors of --stage value")
     run = Run(cfg, rm, None if preference else Policy.from_pretrained(cfg.policy, cfg.device))
-    if preference or saving and row.loss:  # before --dtype rounds
+    if preference or saving and RM_UPDATES[cfg.rm_update].loss:  # before --dtype rounds
         run.optimizers["rm"] = ShardedAdamW(rm.model, cfg.lr_rm, cfg)
     if saving:
         run.optimizers["policy"] = ShardedAdamW(run.policy.model, cfg.lr_policy, cfg, keep_initial=cfg.kl_coef > 0)
     for module in filter(None, (rm, run.policy)):
         to_working_copy(module, cfg)
-    heldout = {Path(file).name.split(".")[0]: used_rows(file, "heldout", lambda row: pair_of(row, rm))
-               for file in cfg.heldout}
+    heldout = {Path(x).name.split(".")[0]: used_rows(x, "heldout", lambda row: pair_of(row, rm)) for x in cfg.heldout}
     expect(len(heldout) == len(cfg.heldout), "--heldout: expected different names")
     if preference:
-        limit = cfg.max_prompt_tokens + cfg.max_new_tokens
-        rows = used_rows(cfg.pairs, "pairs", lambda row: pair_of(row, rm, limit))
+        rows = used_rows(cfg.pairs, "pairs", lambda row: pair_of(row, rm, cfg.max_prompt_tokens + cfg.max_new_tokens))
         run.cfg = replace(cfg, steps=cfg.steps or max(1, len(rows) // cfg.batch))
     else:
         rows = used_rows(cfg.prompts, "prompts", lambda row: prompt_of(row, cfg, run.policy, rm))
+    may_change = "out resume save_every eval_every heldout device offload micro_tokens cache_tokens".split()
+    run.fixed = {name: x for name, x in asdict(run.cfg).items() if name not in may_change}
     files = [(file.name, file.stat().st_size) for path in models for file in sorted(path.glob("*"))]
-    digest = hashlib.sha256(repr((files, rows)).encode()).hexdigest()
-    run.inputs = {"rm, --policy, --pairs or --prompts (contents)": digest[:16]}
-    return run, rows, heldout, read_checkpoint(run.cfg, run.inputs)
+    run.fixed["rm, --policy, --pairs or --prompts (contents)"] = seed_for(files, rows)
+    return run, rows, heldout, read_checkpoint(run)
 
 def main(argv=None, kind=Config):
     """What a user can cause ends as one line on stderr."""

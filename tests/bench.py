@@ -41,6 +41,7 @@ sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[1]), str(pathlib.Pa
 import eval as evaluation  # noqa: E402
 import save  # noqa: E402
 import toy  # noqa: E402
+import pretend_gpu  # noqa: E402
 from pretend_gpu import PHASES, memory_peaks, what_fits  # noqa: E402
 
 SHORT = ["Name three rivers in Europe.", "What is the capital of Australia?", "Why is the sky blue?"]
@@ -363,7 +364,7 @@ def phases(args, *flags, steps=None):
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
         start = [sys.executable, *(start if args.ranks > 1 else [])]
         with tempfile.TemporaryFile("w+") as errors:
-            process = subprocess.Popen([*start, save.__file__, *words], stdout=subprocess.DEVNULL, stderr=errors)
+            process = subprocess.Popen([*start, pretend_gpu.__file__, *words], stdout=subprocess.DEVNULL, stderr=errors)
             _, process.returncode, usage = os.wait4(process.pid, 0)
             errors.seek(0)
             if process.returncode:

@@ -163,6 +163,19 @@ def tensors_of(values):
 
 # ---------------------------------------------------------------- the memory of a step, for models of any size
 PHASES = ("rollout", "score", "rm_update", "log_probs", "policy_update")
+PLAIN_TIME = save.Log.time
+
+@contextlib.contextmanager
+def time_with_peak(log, phase):
+    """save.Log.time that notes the peak memory of a phase too: column PHASE_gb, of 10^9 bytes.
+    `python tests/pretend_gpu.py FLAGS` is save.py with it, on whatever device there is."""
+    on_gpu, name = log.cfg.device != "cpu", f"{phase}_gb"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    with PLAIN_TIME(log, phase):
+        yield
+    if on_gpu:
+        log.record[name] = max(torch.cuda.max_memory_allocated() / 1e9, log.record.get(name, 0))
 
 def prompts_at_once(ranks, cfg):
     """A rank's prompts that decode together: all, or what --cache_tokens holds."""
@@ -202,6 +215,7 @@ def memory_peaks(policy, rm, ranks=1, cfg=save.Config()):
             dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
             stack.callback(dist.destroy_process_group)
         stack.enter_context(patch.multiple(save, **alone))
+        stack.enter_context(patch.object(save.Log, "time", time_with_peak))
         stack.enter_context(patch.object(
             torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, is_causal=False, **_:
             torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]))
@@ -255,3 +269,7 @@ def go_through_phases(run, gpu, prompts):
                                    algo=save.ALGORITHMS[cfg.algo], kl_coef=cfg.kl_coef)
         return loss, ()
     save.train_on(run, "policy", batches, micro_loss)
+
+if __name__ == "__main__":
+    with patch.object(save.Log, "time", time_with_peak):
+        save.main()

@@ -46,7 +46,8 @@ def argv(world, out, **flags):
 
 def on_gpu(world, out, **flags):
     """A run on the pretended GPU, and what must hold of every one."""
-    with counted() as calls, Pretence() as gpu:
+    peaks = unittest.mock.patch.object(save.Log, "time", pretend_gpu.time_with_peak)
+    with peaks, counted() as calls, Pretence() as gpu:
         save.main(argv(world, out, **flags))
     check_waits(gpu, calls)
     check_memory(world, out, **flags)
@@ -91,7 +92,9 @@ def check_memory(world, out, offload=False, stage="", **_):
     allowed = {"rollout": always + cache * (1 + 1 / (2 * layers)) + one_layer, "score": always + one_layer,
                "rm_update": always + 4 * rm + graph, "log_probs": always + one_layer + logits,
                "policy_update": always + 4 * policy + graph + logits}
-    for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert any("rm_update_gb" in line for line in lines)
+    for line in lines:
         for phase in [phase for phase in allowed if f"{phase}_gb" in line]:
             peak = line[f"{phase}_gb"] * 1e9
             assert peak <= allowed[phase], f"{phase}: {peak:.0f} bytes, expected at most {allowed[phase]:.0f}"
