@@ -152,6 +152,12 @@ def test_the_centred_loss_has_the_published_value_and_no_common_push():
     near(push.sum(1) * 2, [-1 / (1 + up) + down / (1 + down), 0])
     near(slope - push, [[-push[0].sum() / 4] * 4, [0] * 4])  # only the common part is gone
 
+def test_a_centred_run_has_no_common_push(world, tmp_path, plain):
+    centred.main(argv(world, tmp_path, **plain[0]))
+    ours, theirs = ([abs(row["common_push"]) for row in metrics(out).values() if row.get("rm_grad_norm")]
+                    for out in (tmp_path, plain[1]))
+    assert max(ours) < 1e-6 < 1e-3 < max(theirs)
+
 # ---------------------------------------------------------------- REINFORCE++
 @pytest.mark.parametrize("seed", range(3))
 def test_reinforce_advantages_are_the_definition(seed):
