@@ -309,6 +309,7 @@ def test_a_cache_that_grows_in_steps_is_the_same_to_the_bit(monkeypatch, kind, o
     assert len({len(x) for x in steps[0][2:]}) > 1 < len(steps[0]) == len(steps[1])  # rows were dropped
     assert all(map(torch.equal, *steps)) and [type(x) is fast_rollout.GrowingLayer for x in caches[1].layers] == grown
 
+@pytest.mark.slow
 def test_a_run_on_the_faster_cache_is_the_plain_one_to_the_bit(world, tmp_path, plain):
     fast_rollout.main(argv(world, tmp_path, **plain[0]))
     assert metrics(tmp_path) == metrics(plain[1])
@@ -376,6 +377,7 @@ def test_the_anchored_update_has_the_gradient_of_the_plain_graph(tmp_path, monke
         step(run, batch, POSITIVE, NEGATIVE)
     same(optimizer.seen[-1][1], optimizer.seen[-2][1])  # without weight: save.py's to the bit
 
+@pytest.mark.slow
 def test_an_anchored_run_starts_like_save_and_resumes_with_the_rm_as_it_came(world, tmp_path, plain):
     kept.main(argv(world, tmp_path / "run", keep=30, save_every=2, **plain[0]))
     ours, theirs = metrics(tmp_path / "run"), metrics(plain[1])
