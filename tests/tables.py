@@ -8,6 +8,7 @@
     python tests/tables.py control --out runs/map        # perfect labels: is it the labels or the loss?
     python tests/tables.py algorithms --out runs/map     # the paper's Tables 2 and 3: RL algorithms, R2M, PRIME
     python tests/tables.py rates --out runs/map          # learning rates, m0
+    python tests/tables.py kept --out runs/map           # guards: an anchor to the initial rewards, the best checkpoint
     python tests/tables.py compare --seeds 0 --out runs/compare        # what `bash run.sh compare` runs
 
 Worlds and rows that are there are not run again, so a killed table goes on, and tables share what they have in common.
@@ -37,8 +38,10 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent / "forks")]
 import balanced  # noqa: E402, F401  a row of RM_UPDATES, as centred and hl_bt
+import best  # noqa: E402
 import centred  # noqa: E402, F401
 import hl_bt  # noqa: E402, F401
+import kept  # noqa: E402
 import offline  # noqa: E402
 import prime  # noqa: E402
 import r2m  # noqa: E402
@@ -58,6 +61,10 @@ GROUPS = {f"{name}, G = {g}": [*flags, "--group", str(g), "--batch", str(128 // 
           for name, flags in (("SAVE", []), ("balanced", UPDATES["balanced"]), ("centred", UPDATES["centred"]))}
 PERFECT = {f"{name}, perfect labels": ["perfect", *flags] for name, flags in (
     ("SAVE", []), ("balanced", UPDATES["balanced"]), ("centred", UPDATES["centred"]))}
+BEST = "tests/forks/best.py"
+GUARDS = {f"{name}, lambda {keep}": ["tests/forks/kept.py", "--keep", keep, *flags]
+          for name, flags in (("SAVE", []), ("centred", UPDATES["centred"])) for keep in ("0.03", "0.1", "0.3", "1")}
+GUARDS |= {"SAVE, lowest held-out loss": [BEST], "centred, lowest held-out loss": [BEST, *UPDATES["centred"]]}
 TABLES = {  # {table: {world: {row: flags}}}
     "compare": {"few": {name: METHODS[name] for name in ("frozen RM", "HL-BT", "Mean Reward", "SAVE", "centred")}},
     "labels": {world: METHODS for world in ("few", "pairs_300", "pairs_500", "pairs_1000", "pairs_2000", "pairs_4000")},
@@ -67,6 +74,8 @@ TABLES = {  # {table: {world: {row: flags}}}
     "group": {"graded": {name: METHODS[name] for name in ("frozen RM", "SAVE", "balanced", "centred")} | GROUPS},
     "control": {world: {name: METHODS[name] for name in ("frozen RM", "SAVE", "balanced", "centred")} | PERFECT
                 for world in ("few", "graded")},
+    "kept": {world: {name: METHODS[name] for name in ("frozen RM", "SAVE", "centred")} | GUARDS
+             for world in ("few", "habits", "graded")},
     "algorithms": {"few": {
         **FROZEN, "SAVE": [], "SAVE with RLOO": ["--algo", "rloo"],
         "SAVE with GSPO": ["--algo", "gspo", "--num_minibatches", "4"],
@@ -81,7 +90,7 @@ TABLES = {  # {table: {world: {row: flags}}}
         "constant rates": ["--lr_schedule", "constant"]}},
 }
 MAINS = {"save.py": save.main, "tests/toy.py": toy.main, **{f"tests/forks/{fork.__name__}.py": fork.main for fork in (
-    offline, prime, r2m, reinforce_pp)}}
+    best, kept, offline, prime, r2m, reinforce_pp)}}
 END = ("reward_spread", "value_bias", "kept", "valid", "kl")  # of metrics.jsonl, kept with a run
 BLOCK = 10  # steps that a point of the gold curve is the mean of
 
@@ -135,7 +144,7 @@ def run_row(data, world, seed, flags):
              *common(data, world, seed), *words)
     policy = out / "policy" if (out / "policy").is_dir() else data / "policy"
     gold = toy.gold_reward(policy, toy.read_prompts(data / "prompts_test.jsonl"), task=task)
-    result = read_run(out, task) | {"gold": {name: 100 * x for name, x in gold.items()}}
+    result = read_run(out, task) | {"half": script == BEST, "gold": {name: 100 * x for name, x in gold.items()}}
     value = json.loads((data / "value" / "metrics.jsonl").read_text().splitlines()[-1])
     result["value"] = {name: value[name] for name in ("value_r2", "reward_spread", "kept", "common_push")
                        if name in value}
@@ -217,8 +226,10 @@ def initial_accuracy(rows):
     return accuracy
 
 def gains_of(row, initial):
-    """What each seed's run ends above the initial RM, mean accuracy over the held-out sets, in points."""
-    return [statistics.mean(run["after"].values()) - initial[seed] for seed, run in row.items()]
+    """What each seed's run ends above the initial RM, mean accuracy over the held-out sets, in points; above the same
+    half of the pairs where the other half has chosen the checkpoint."""
+    return [statistics.mean(run["after"].values()) - (
+        statistics.mean(run["init"].values()) if run.get("half") else initial[seed]) for seed, run in row.items()]
 
 def table(runs, world, names):
     """Markdown lines: the rows of one world that have been run, each over its own seeds, which it names."""

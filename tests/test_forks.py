@@ -29,6 +29,7 @@ import toy
 FOLDER = Path(__file__).resolve().parent / "forks"
 sys.path.insert(0, str(FOLDER))
 import balanced  # noqa: E402
+import best  # noqa: E402
 import centred  # noqa: E402
 import dynamic  # noqa: E402
 import ensemble  # noqa: E402
@@ -43,8 +44,8 @@ import reinforce_pp  # noqa: E402
 import token_average  # noqa: E402
 import verifier  # noqa: E402
 
-FORKS = [balanced, centred, dynamic, ensemble, fast_rollout, generate, hl_bt, kept, offline, prime, r2m, reinforce_pp,
-         token_average, verifier]
+FORKS = [balanced, best, centred, dynamic, ensemble, fast_rollout, generate, hl_bt, kept, offline, prime, r2m,
+         reinforce_pp, token_average, verifier]
 
 @pytest.fixture(scope="module")
 def plain(world, tmp_path_factory):
@@ -150,6 +151,12 @@ def test_the_centred_loss_has_the_published_value_and_no_common_push():
     up, down = (sum(math.exp(r - 1) for r in side) for side in ((2, 4), (0, -1)))
     near(push.sum(1) * 2, [-1 / (1 + up) + down / (1 + down), 0])
     near(slope - push, [[-push[0].sum() / 4] * 4, [0] * 4])  # only the common part is gone
+
+def test_a_centred_run_has_no_common_push(world, tmp_path, plain):
+    centred.main(argv(world, tmp_path, **plain[0]))
+    ours, theirs = ([abs(row["common_push"]) for row in metrics(out).values() if row.get("rm_grad_norm")]
+                    for out in (tmp_path, plain[1]))
+    assert max(ours) < 1e-6 < 1e-3 < max(theirs)
 
 # ---------------------------------------------------------------- REINFORCE++
 @pytest.mark.parametrize("seed", range(3))
@@ -302,6 +309,7 @@ def test_a_cache_that_grows_in_steps_is_the_same_to_the_bit(monkeypatch, kind, o
     assert len({len(x) for x in steps[0][2:]}) > 1 < len(steps[0]) == len(steps[1])  # rows were dropped
     assert all(map(torch.equal, *steps)) and [type(x) is fast_rollout.GrowingLayer for x in caches[1].layers] == grown
 
+@pytest.mark.slow
 def test_a_run_on_the_faster_cache_is_the_plain_one_to_the_bit(world, tmp_path, plain):
     fast_rollout.main(argv(world, tmp_path, **plain[0]))
     assert metrics(tmp_path) == metrics(plain[1])
@@ -369,6 +377,7 @@ def test_the_anchored_update_has_the_gradient_of_the_plain_graph(tmp_path, monke
         step(run, batch, POSITIVE, NEGATIVE)
     same(optimizer.seen[-1][1], optimizer.seen[-2][1])  # without weight: save.py's to the bit
 
+@pytest.mark.slow
 def test_an_anchored_run_starts_like_save_and_resumes_with_the_rm_as_it_came(world, tmp_path, plain):
     kept.main(argv(world, tmp_path / "run", keep=30, save_every=2, **plain[0]))
     ours, theirs = metrics(tmp_path / "run"), metrics(plain[1])
@@ -378,6 +387,27 @@ def test_an_anchored_run_starts_like_save_and_resumes_with_the_rm_as_it_came(wor
         shutil.copy(tmp_path / "run" / name, tmp_path / "again")
     kept.main(argv(world, tmp_path / "again", keep=30, save_every=2, resume=True, **plain[0]))
     assert metrics(tmp_path / "again") == ours and distance(tmp_path / "again", tmp_path / "run", RM) == 0
+
+# ---------------------------------------------------------------- the lowest held-out loss
+def test_the_models_of_the_lowest_held_out_loss_are_saved(world, tmp_path, monkeypatch, plain):
+    """Chosen by half of the pairs, tested on the others; a resumed run remembers what was best before. The first step
+    gets a handicap: nothing true is learned here."""
+    plain_loss = best.loss_of
+    monkeypatch.setattr(best, "loss_of", lambda run, pairs: plain_loss(run, pairs) + 10 * (run.best["step"] < 0))
+    flags = {**plain[0], "eval_every": 1, "save_every": 2, "heldout": [world / "heldout_id.jsonl"], "m0": 0}
+    best.main(argv(world, tmp_path / "run", **flags))
+    losses = {step: row["loss_heldout"] for (_, step), row in metrics(tmp_path / "run").items()}
+    last = metrics(tmp_path / "run")["save", 3]
+    assert last["best_step"] == min(losses, key=losses.get) == 1 and losses[3] > losses[1]
+    rm = save.RewardModel.from_pretrained(tmp_path / "run/rm")
+    pairs = [save.pair_of(row, rm)[0] for row in rows_of(world / "heldout_id.jsonl")]
+    gaps = torch.stack([rm(*save.model_inputs(pair, "cpu"))[0] for pair in pairs]).diff(dim=1)[:, 0]
+    near(gaps[0::2].exp().log1p().mean(), min(losses.values()), 1e-5)
+    assert last["accuracy_heldout_id"] == 100 * (gaps[1::2] < 0).float().mean().item()
+    shutil.copytree(tmp_path / "run", tmp_path / "again", ignore=shutil.ignore_patterns("step_000003", "rm", "policy"))
+    best.main(argv(world, tmp_path / "again", resume=True, **flags))
+    for file in (RM, "policy/model.safetensors"):
+        assert distance(tmp_path / "again", tmp_path / "run", file) == 0
 
 # ---------------------------------------------------------------- "Fork it": one place each, and its trap
 def test_an_advantage_with_lengths_is_the_policys_alone(world, tmp_path, monkeypatch, plain):

@@ -78,6 +78,8 @@ def test_both_forms_of_a_benchmark_do_the_same(world, capsys, monkeypatch):
     assert sums == pytest.approx([sums[0]] * 4, rel=1e-5) and sums[0] < 0
     norms = [printed(bench.rm_memory_variant, "norm", variant=variant) for variant in ("held", "ours")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 0
+    bench.bench_cache(bench.argparse.Namespace(policy=str(world / "policy"), repeats=1, new=3))  # or it is refused
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == "40 40 300 300 800 800".split()
 
 def test_a_larger_head_ranks_the_same(world, tmp_path):
     chats = [([0, 5, 6, 7, 8, 9][:n], 2) for n in (4, 5, 6)]

@@ -21,29 +21,25 @@ class Config(save.Config):
     """Dynamic sampling: flags of save.py and one more."""
     tries: int = 3  # at most as many prompts for a place in the batch; 1: save.py
 
-def fill(batch, new, full):
-    """Places of the batch that are not `full` (P,) from `new`."""
-    for name in ("lengths", "ended"):
-        setattr(batch, name, torch.where(full[:, None], getattr(batch, name), getattr(new, name)))
+def filled(batch, new, full):
+    """The batch, with the places that are not `full` (P,) from `new`."""
+    parts = {name: torch.where(full[:, None], getattr(batch, name), getattr(new, name))
+             for name in ("lengths", "ended")}
     for name in ("prompts", "texts", "chats", "sequences"):  # this rank's places
-        old, other, own = getattr(batch, name), getattr(new, name), save.mine(full).tolist()
-        each = len(old) // len(own)
-        setattr(batch, name, [(old if own[i // each] else other)[i] for i in range(len(old))])
+        pairs, own = list(zip(getattr(batch, name), getattr(new, name))), save.mine(full).tolist()
+        parts[name] = [pair[not own[i * len(own) // len(pairs)]] for i, pair in enumerate(pairs)]
+    return save.Batch(**parts)
 
 def save_step(run, prompts):
     """save.save_step, with other prompts in the places that teach nothing."""
-    cfg, batch = run.cfg, None
+    cfg, full = run.cfg, None
     for number in range(cfg.tries):
         start = ((run.step - 1) * cfg.tries + number) * cfg.batch
         drawn = save.draw(prompts, cfg.seed, "prompts", start, cfg.batch)
         new = save.sample(run, drawn, cfg.group, run.step, "rollout" + f" {number}" * bool(number))
         save.score_batch(run, new)
         valid = save.filtered(run, new, new.ended)[2]
-        if batch is None:
-            batch, full = new, valid
-        else:
-            fill(batch, new, full)
-            full = full | valid
+        batch, full = (new, valid) if full is None else (filled(batch, new, full), full | valid)
         if full.all():
             break
     run.log.put(tries=number + 1, full=full.float().mean())
