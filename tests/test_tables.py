@@ -55,7 +55,8 @@ def run(out, table, *words):
 
 @pytest.mark.parametrize("table, world", [
     ("compare", "few"), *[pytest.param(name, world, marks=pytest.mark.slow) for name, world in (
-        ("labels", "pairs_300"), ("group", "graded"), ("control", "graded"), ("algorithms", "few"), ("rates", "few"))]])
+        ("labels", "pairs_300"), ("group", "graded"), ("control", "graded"), ("algorithms", "few"), ("rates", "few"),
+        ("habits", "habits"))]])
 def test_every_row_runs_once(tmp_path, quick, table, world):
     rows = tables.TABLES[table][world]
     runs = run(tmp_path, table, "--seeds", 10, 11, "--worlds", world)[world]
