@@ -121,7 +121,7 @@ def build(out, world, seed, heldout=()):
         first = out / f"{SHARED.get(toy.WORLDS[world].task, world)}-{seed}"
         if first != data and (first / "world.json").is_file():
             take(first, data, world)
-        call("tests/toy.py", "--out", data, "--world", world, "--seed", seed, *heldout)
+        call("tests/toy.py", "--out", data, "--world", world, "--seed", seed, "--jobs", 1, *heldout)
     if not (data / "value" / "rm" / "value_head.safetensors").is_file():
         shutil.rmtree(data / "value", ignore_errors=True)
         call("save.py", "--stage", "value", "--rm", data / "rm", *common(data, world, seed), "--out", data / "value")

@@ -31,11 +31,14 @@ are about as good on every seed; ENOUGH, linear rates and V's rates by runs of S
 """
 import argparse
 import bisect
+import concurrent.futures
 import contextlib
 import functools
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import random
 import shutil
 import statistics
@@ -45,6 +48,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin take the other process's core
 import torch
 import torch.nn.functional as F
 import transformers
@@ -404,24 +408,19 @@ def numbers(purpose, seed):
     return random.Random(f"{purpose} {seed}")
 
 def build_policy(path, world, seed):
-    """DIR/policy; in habits also DIR/able, the model before it has them. -> the folder that the RM starts from"""
-    task, first = WORLDS[world].task, path / ("able" if WORLDS[world].task == "habits" else "policy")
+    """DIR/policy, and in habits DIR/able, the model before it has them."""
+    task = WORLDS[world].task
     if (path / "policy" / "tokenizer.json").is_file():
-        return first
-    if task == "habits":
-        train_policy(first, SIZES["able_steps"], seed, "able")
-        train_policy(path / "policy", SIZES["habit_steps"], seed, task, first, 1e-3)
-    else:
-        train_policy(first, SIZES["sft_steps"], seed, task)
-    return first
-
-def build_rm(path, world, seed, first, asked):
-    """DIR/pairs.jsonl and DIR/rm, which starts from the policy folder `first`. A fixed number of labels: kept if there.
-    asked: the prompts that may have a label."""
-    spec, task = WORLDS[world], WORLDS[world].task
-    if spec.pairs and (path / "rm" / "tokenizer.json").is_file():
         return
-    most = spec.pairs or max(LABELS) + 400
+    if task == "habits":
+        train_policy(path / "able", SIZES["able_steps"], seed, "able")
+        train_policy(path / "policy", SIZES["habit_steps"], seed, task, path / "able", 1e-3)
+    else:
+        train_policy(path / "policy", SIZES["sft_steps"], seed, task)
+
+def labels(path, world, seed, asked, most):
+    """At most so many preferences between samples of the policy. asked: the prompts that may have one."""
+    spec, task = WORLDS[world], WORLDS[world].task
     # the samples of a prompt are equally good more often in habits
     asked = labelled_prompts(asked, spec.labelled)[:math.ceil((2.2 if task == "habits" else 1.4) * most)]
     policy = save.Policy.from_pretrained(str(path / "policy"))
@@ -429,21 +428,36 @@ def build_rm(path, world, seed, first, asked):
     if task == "style":  # the reward model has not seen the policy's style
         pairs = [{**row, **{side: row[side].replace(f" {FLOURISH}", "") for side in ("chosen", "rejected")}}
                  for row in pairs]
-    pairs = preferences(pairs, numbers("labels", seed), task)
+    return preferences(pairs, numbers("labels", seed), task)
 
-    @functools.cache
-    def accuracy(count):
-        write_rows(path / "pairs.jsonl", pairs[:count])
-        train_rm(path / f"rm_{count}", first, path / "pairs.jsonl", world, seed)
-        return rm_accuracy(save.RewardModel.from_pretrained(str(path / f"rm_{count}")), pairs[max(LABELS):])
+def try_labels(path, world, seed, first, pairs, count):
+    """DIR/rm_COUNT from the first COUNT pairs -> how many of those behind are right, in percent."""
+    write_rows(path / f"pairs_{count}.jsonl", pairs[:count])
+    train_rm(path / f"rm_{count}", first, path / f"pairs_{count}.jsonl", world, seed)
+    return rm_accuracy(save.RewardModel.from_pretrained(str(path / f"rm_{count}")), pairs[max(LABELS):])
 
-    count = spec.pairs or LABELS[bisect.bisect_left(LABELS, ENOUGH, hi=len(LABELS) - 1, key=accuracy)]
-    accuracy(count)
-    write_rows(path / "pairs.jsonl", pairs[:count])
+def build_rm(path, world, seed, pairs, pool, jobs):
+    """DIR/rm and its DIR/pairs.jsonl. pairs: a future of at least as many as it may need."""
+    first = path / ("able" if WORLDS[world].task == "habits" else "policy")  # what it starts from
+    trained = functools.cache(lambda count: pool.submit(try_labels, path, world, seed, first, pairs.result(), count))
+    if jobs > 1 and not WORLDS[world].pairs:  # the first of the bisection and, in most worlds, the second, at once
+        trained(LABELS[3]), trained(LABELS[1])
+    count = WORLDS[world].pairs or LABELS[bisect.bisect_left(LABELS, ENOUGH, hi=len(LABELS) - 1,
+                                                             key=lambda count: trained(count).result())]
+    trained(count).result()
     shutil.rmtree(path / "rm", ignore_errors=True)  # of a build that was killed
-    (path / f"rm_{count}").rename(path / "rm")
-    for other in path.glob("rm_*"):
-        shutil.rmtree(other)
+    os.replace(path / f"pairs_{count}.jsonl", path / "pairs.jsonl")
+    os.replace(path / f"rm_{count}", path / "rm")
+    for other in (*path.glob("rm_*"), *path.glob("pairs_*")):
+        shutil.rmtree(other) if other.is_dir() else other.unlink()
+
+def heldout(path, world, seed, name, prompts, many):
+    """DIR/heldout_NAME.jsonl, if it is not there and has at least 100 pairs: a policy that collapsed gives next to none.
+    """
+    if not (path / f"heldout_{name}.jsonl").is_file():
+        rows = heldout_rows(path, world, seed, name, prompts, many)
+        if len(rows) >= 100:
+            write_rows(path / f"heldout_{name}.jsonl", rows)
 
 def heldout_rows(path, world, seed, name, prompts, many):
     """The pairs of a held-out set."""
@@ -465,9 +479,47 @@ def heldout_rows(path, world, seed, name, prompts, many):
                         f"{name}: GRPO on {'the RM' if name == 'onp' else 'gold'}")
     return sampled_pairs(policy, prompts["shifted"], draws, seed + {"onp": 2, "neu": 3}[name], many, task)
 
-def build_world(path, world="few", seed=0, many=None):
+def reward_sd(path, seed, prompts):
+    """Mean standard deviation of the rewards of 8 samples of a prompt."""
+    policy, rm = (kind.from_pretrained(str(path / name)) for kind, name in (
+        (save.Policy, "policy"), (save.RewardModel, "rm")))
+    rows = [(prompt, text) for prompt, group in zip(prompts, sample(policy, prompts, 8, seed + 4)) for _, text in group]
+    return rm_scores(rm, *zip(*rows)).view(-1, 8).std(1).mean().item()
+
+def set_accuracy(path, file):
+    """Of the RM on a held-out file."""
+    rows = list(map(json.loads, file.read_text().splitlines()))
+    return rm_accuracy(save.RewardModel.from_pretrained(str(path / "rm")), rows)
+
+class Here:
+    """A pool of no other process."""
+
+    def submit(self, work, *inputs):
+        """Work at once."""
+        future = concurrent.futures.Future()
+        future.set_result(work(*inputs))
+        return future
+
+def quiet(log, threads):
+    """A process of a pool: what it says goes to a file."""
+    sys.stdout = open(log, "a", encoding="utf-8")  # noqa: SIM115  for as long as it lives
+    torch.set_num_threads(threads)
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+
+@contextlib.contextmanager
+def workers(jobs, log):
+    """A pool of `jobs` processes, none but this one if that is 1."""
+    if jobs == 1:
+        yield Here()
+        return
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), quiet, (log, jobs)) as pool:
+        yield pool
+
+def build_world(path, world="few", seed=0, many=None, jobs=1):
     """Write a whole laptop world to `path`; what was measured on the way goes to world.json.
-    many: pairs of a held-out set. More of them leave the rest of the world as it is."""
+    many: pairs of a held-out set. More of them leave the rest of the world as it is.
+    jobs: 2 do what does not depend on each other at the same time; the files are the same to the bit."""
     many, spec, task = many or SIZES["heldout"], WORLDS[world], WORLDS[world].task
     path, clock, seconds = Path(path), [time.perf_counter()], {}
     path.mkdir(parents=True, exist_ok=True)
@@ -479,30 +531,35 @@ def build_world(path, world="few", seed=0, many=None):
     prompts = world_prompts(world, seed, max(0, many - SIZES["heldout"]))
     for name, file in (("train", "prompts"), ("test", "prompts_test")):
         write_rows(path / f"{file}.jsonl", [{"prompt": prompt} for prompt in prompts[name]])
-    first = build_policy(path, world, seed)
-    lap("policy")
-    build_rm(path, world, seed, first, prompts["asked"])
-    lap("rm")
-    for name in spec.sets.split():
-        if not (path / f"heldout_{name}.jsonl").is_file():
-            rows = heldout_rows(path, world, seed, name, prompts, many)
-            if len(rows) >= 100:  # a policy that collapsed gives next to none
-                write_rows(path / f"heldout_{name}.jsonl", rows)
-    lap("held-out pairs")
-    policy, rm = (kind.from_pretrained(str(path / name)) for kind, name in (
-        (save.Policy, "policy"), (save.RewardModel, "rm")))
-    heldout = {file.stem[8:]: list(map(json.loads, file.read_text().splitlines()))
-               for file in sorted(path.glob("heldout_*.jsonl"))}
-    scores = rm_scores(rm, *zip(*[(prompt, text) for prompt, group in
-                                  zip(prompts["test"], sample(policy, prompts["test"], 8, seed + 4))
-                                  for _, text in group]))
-    sizes = {"pairs": len(read_prompts(path / "pairs.jsonl"))} | {name: len(rows) for name, rows in heldout.items()}
-    summary = {"world": world, "seed": seed, "sizes": sizes,
-               "policy_gold": gold_reward(path / "policy", prompts["test"], task=task),
-               "reward_sd": scores.view(-1, 8).std(1).mean().item(),
-               "rm_accuracy": {name: rm_accuracy(rm, rows) for name, rows in heldout.items()}, "seconds": seconds}
-    (path / "world.json").write_text(json.dumps(summary, indent=1) + "\n")
-    return summary
+    with workers(jobs, path / "build.log") as pool:
+        def sets(*names):
+            return [pool.submit(heldout, path, world, seed, name, prompts, many)
+                    for name in names if name in spec.sets.split()]
+
+        parts = sets("hard")  # it needs nothing, and the pool starts while the policy learns
+        build_policy(path, world, seed)
+        lap("policy")
+        make_rm = not (spec.pairs and (path / "rm" / "tokenizer.json").is_file())  # as another world left it
+        if make_rm:
+            pairs = pool.submit(labels, path, world, seed, prompts["asked"], spec.pairs or max(LABELS) + 400)
+        parts += sets("id", "long")
+        policy_gold = pool.submit(gold_reward, path / "policy", prompts["test"], 0, 4, task)
+        if make_rm:
+            build_rm(path, world, seed, pairs, pool, jobs)
+        lap("rm")
+        spread = pool.submit(reward_sd, path, seed, prompts["test"])
+        for part in parts + sets("onp", "neu"):
+            part.result()
+        lap("held-out pairs")
+        files = {file.stem[8:]: file for file in sorted(path.glob("heldout_*.jsonl"))}
+        accuracies = {name: pool.submit(set_accuracy, path, file) for name, file in files.items()}
+        summary = {"world": world, "seed": seed, "sizes": {
+            name: len(read_prompts(file)) for name, file in {"pairs": path / "pairs.jsonl", **files}.items()},
+            "policy_gold": policy_gold.result(), "reward_sd": spread.result(),
+            "rm_accuracy": {name: future.result() for name, future in accuracies.items()}}
+    lap("measured")
+    (path / "world.json").write_text(json.dumps({**summary, "seconds": seconds}, indent=1) + "\n")
+    return {**summary, "seconds": seconds}
 
 def split(items, *sizes):
     """Consecutive slices of the given sizes."""
@@ -586,24 +643,25 @@ def trend(values):
     marks = "".join("▁▂▃▄▅▆▇█"[round(7 * (x - low) / (high - low)) if high > low else 3] for x in values)
     return f"{marks}  {values[0]:.2f} to {values[-1]:.2f}"
 
-def build_and_say(path, world, seed, many):
+def build_and_say(path, world, seed, many, jobs):
     """Build a world; what the training says goes to build.log, two lines to the console."""
     path.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(jobs)
     print(f"building the laptop world {world}, seed {seed}, in {path} (its log: {path / 'build.log'})", flush=True)
     with open(path / "build.log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        summary = build_world(path, world, seed, many)
+        summary = build_world(path, world, seed, many, jobs)
     accuracies = ", ".join(f"{name} {x:.1f}" for name, x in summary["rm_accuracy"].items())
     print(f"built in {sum(summary['seconds'].values()):.0f} s: the RM is right on {accuracies} % of the held-out "
           f"pairs, the policy's gold is {100 * summary['policy_gold']['sampled']:.1f} %")
 
 def main(argv=None):
     """Command line: build a world, or report on a run."""
-    torch.set_num_threads(1)  # models this small are slower on more
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="folder to build the world in")
     parser.add_argument("--world", choices=WORLDS, default="few")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--heldout", type=int, help=f"pairs of a held-out set, at most [{SIZES['heldout']}]")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, and threads of each [2]; the result is the same")
     parser.add_argument("--flags", action="store_true", help="print the flags of save.py for --world")
     parser.add_argument("--report", nargs=2, metavar=("DIR", "RUN"))
     args = parser.parse_args(argv)
@@ -616,7 +674,7 @@ def main(argv=None):
                 parser.error(f"--report {data} {run}: no {file}, expected a world and what run.sh makes of it")
         report(data, run)
     elif args.out:
-        build_and_say(Path(args.out), args.world, args.seed, args.heldout)
+        build_and_say(Path(args.out), args.world, args.seed, args.heldout, args.jobs)
     else:
         parser.error("give --out DIR, or --report DIR RUN")
 
