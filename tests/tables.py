@@ -9,6 +9,10 @@
     python tests/tables.py algorithms --out runs/map     # the paper's Tables 2 and 3: RL algorithms, R2M, PRIME
     python tests/tables.py rates --out runs/map          # learning rates, m0
     python tests/tables.py kept --out runs/map           # guards: an anchor to the initial rewards, the best checkpoint
+    python tests/tables.py habits --out runs/map         # prompts that differ in difficulty, the filter at work
+    python tests/tables.py habits_natural --out runs/map # the same, the score as trained and the default m0
+    python tests/tables.py weak --out runs/map           # the same, an RM of 300 labels
+    python tests/tables.py purity --out runs/map         # how many labels are right, by the anchor: purity.py
     python tests/tables.py compare --seeds 0 --out runs/compare        # what `bash run.sh compare` runs
 
 Worlds and rows that are there are not run again, so a killed table goes on, and tables share what they have in common.
@@ -44,12 +48,14 @@ import hl_bt  # noqa: E402, F401
 import kept  # noqa: E402
 import offline  # noqa: E402
 import prime  # noqa: E402
+import purity  # noqa: E402
 import r2m  # noqa: E402
 import reinforce_pp  # noqa: E402
 
 import save  # noqa: E402
 
 SEEDS = [110, 111, 112, 113, 114, 115]
+LATER = dict.fromkeys(("habits", "habits_natural", "weak", "purity"), [300, 301, 302, 303, 304, 305])  # table: seeds
 FROZEN = {"frozen RM": ["--rm_update", "none"]}
 UPDATES = {name: ["--rm_update", row] for name, row in (
     ("HL-BT", "hl_bt"), ("Mean Reward", "mean_reward"), ("balanced", "balanced"), ("centred", "centred"))}
@@ -57,6 +63,12 @@ METHODS = {  # the paper's Table 1 with its ablations, then the balanced and the
     **FROZEN, "SAVE": [], "SAVE w/o curriculum": ["--m0", "0"], "SAVE, policy frozen": ["--lr_policy", "0"],
     "HL-BT": UPDATES["HL-BT"], "Mean Reward": UPDATES["Mean Reward"], "continual offline": ["tests/forks/offline.py"],
     "balanced": UPDATES["balanced"], "centred": UPDATES["centred"]}
+save.RM_UPDATES["centred_mean"] = save.RMUpdate(save.centred_loss, "group mean")
+CENTRED = {  # what is left of it without one of its parts
+    "centred w/o curriculum": [*UPDATES["centred"], "--m0", "0"],
+    "centred, policy frozen": [*UPDATES["centred"], "--lr_policy", "0"],
+    "centred, group mean as anchor": ["--rm_update", "centred_mean"],
+    "centred, constant as anchor": ["constant", "--rm_update", "centred_mean"]}
 GROUPS = {f"{name}, G = {g}": [*flags, "--group", str(g), "--batch", str(128 // g)] for g in (2, 4, 16)
           for name, flags in (("SAVE", []), ("balanced", UPDATES["balanced"]), ("centred", UPDATES["centred"]))}
 PERFECT = {f"{name}, perfect labels": ["perfect", *flags] for name, flags in (
@@ -88,6 +100,12 @@ TABLES = {  # {table: {world: {row: flags}}}
         **{f"RM learning rate {rate}": ["--lr_rm", rate] for rate in ("3e-6", "3e-5")},
         **{f"value head learning rate {rate}": ["--lr_value", rate] for rate in ("1e-3", "1e-1")},
         "constant rates": ["--lr_schedule", "constant"]}},
+    "habits": {"habits": METHODS | CENTRED},
+    "habits_natural": {"habits_natural": {name: (METHODS | CENTRED)[name] for name in (
+        "frozen RM", "SAVE", "HL-BT", "Mean Reward", "centred", "centred, group mean as anchor")}},
+    "weak": {"weak": {name: METHODS[name] for name in (
+        "frozen RM", "SAVE", "SAVE w/o curriculum", "SAVE, policy frozen", "HL-BT", "Mean Reward")}},
+    "purity": {world: {} for world in ("few", "habits", "graded")},  # not of runs
 }
 MAINS = {"save.py": save.main, "tests/toy.py": toy.main, **{f"tests/forks/{fork.__name__}.py": fork.main for fork in (
     best, kept, offline, prime, r2m, reinforce_pp)}}
@@ -103,20 +121,33 @@ def call(script, *words):
         except SystemExit as stop:
             raise RuntimeError(f"{script} {' '.join(map(str, words))}: exit code {stop.code}, see {log}") from None
 
+SHARED = {"binary": "few", "habits": "habits"}  # task: the world whose policy and pairs others take
+
 def build(out, world, seed, heldout=()):
-    """The folder of a world with a value head, DIR/value/rm. What `few` has of the same seed is taken from there.
+    """The folder of a world with a value head, DIR/value/rm. What SHARED has of the same seed is taken from there.
     heldout: how many pairs a held-out set of a world that is built has, as words for toy.py."""
-    data, few = out / f"{world}-{seed}", out / f"few-{seed}"
+    data = out / f"{world}-{seed}"
     if not (data / "world.json").is_file():
-        if toy.WORLDS[world].task == "binary" and (few / "world.json").is_file():
-            shutil.copytree(few / "policy", data / "policy", dirs_exist_ok=True)
-            for name in ("id", "hard", "neu"):
-                shutil.copy(few / f"heldout_{name}.jsonl", data)
-        call("tests/toy.py", "--out", data, "--world", world, "--seed", seed, *heldout)
+        first = out / f"{SHARED.get(toy.WORLDS[world].task, world)}-{seed}"
+        if first != data and (first / "world.json").is_file():
+            take(first, data, world)
+        call("tests/toy.py", "--out", data, "--world", world, "--seed", seed, "--jobs", 1, *heldout)
     if not (data / "value" / "rm" / "value_head.safetensors").is_file():
         shutil.rmtree(data / "value", ignore_errors=True)
         call("save.py", "--stage", "value", "--rm", data / "rm", *common(data, world, seed), "--out", data / "value")
     return data
+
+def take(first, data, world):
+    """From a built world what is the same in `world`: policy, held-out pairs, of as many labels the reward model."""
+    ours, theirs = toy.WORLDS[world], toy.WORLDS[first.name.rsplit("-", 1)[0]]
+    for name in ("able", "policy"):
+        if (first / name).is_dir():
+            shutil.copytree(first / name, data / name, dirs_exist_ok=True)
+    for name in ("id", "hard", "neu"):
+        shutil.copy(first / f"heldout_{name}.jsonl", data)
+    if ours.pairs and (ours.pairs, ours.steps) == (theirs.pairs, theirs.steps):
+        shutil.copy(first / "pairs.jsonl", data)
+        toy.write_scaled(data / "rm", first / "rm", ours.head / theirs.head, toy.rm_tokenizer(ours.task))
 
 def common(data, world, seed):
     """The flags of save.py on a world."""
@@ -136,9 +167,10 @@ def run_row(data, world, seed, flags):
         return
     script = flags[0] if flags[:1] and flags[0].endswith(".py") else "save.py"
     words = [data / "rows" / "save" / "rm" if flag == "{save}" else flag for flag in flags
-             if flag not in (script, "perfect")]
+             if flag not in (script, "perfect", "constant")]
     labels = functools.partial(perfect_label, task) if "perfect" in flags else save.label
-    with mock.patch.object(save, "label", labels):
+    anchors = constant_anchor if "constant" in flags else save.anchor
+    with mock.patch.object(save, "label", labels), mock.patch.object(save, "anchor", anchors):
         call(script, "--stage", "save", "--rm", data / "value" / "rm", "--pairs", data / "pairs.jsonl", "--heldout",
              *sorted(data.glob("heldout_*.jsonl")), "--out", out, "--resume", "--eval_every", 20,
              *common(data, world, seed), *words)
@@ -146,8 +178,7 @@ def run_row(data, world, seed, flags):
     gold = toy.gold_reward(policy, toy.read_prompts(data / "prompts_test.jsonl"), task=task)
     result = read_run(out, task) | {"half": script == BEST, "gold": {name: 100 * x for name, x in gold.items()}}
     value = json.loads((data / "value" / "metrics.jsonl").read_text().splitlines()[-1])
-    result["value"] = {name: value[name] for name in ("value_r2", "reward_spread", "kept", "common_push")
-                       if name in value}
+    result["value"] = {"value_r2": value["value_r2"], **result["value"]} if "value_r2" in value else result["value"]
     (out / "result.json").write_text(json.dumps(result))
 
 def perfect_label(task, run, batch):
@@ -156,10 +187,15 @@ def perfect_label(task, run, batch):
     golds = torch.tensor([toy.gold(*row, task) for row in zip(asked, batch.texts)]).view(-1, run.cfg.group)
     return torch.where(save.gather(golds >= golds.mean(1, keepdim=True)), math.inf, -math.inf)
 
+def constant_anchor(run, batch):
+    """(P,) for save.anchor: the mean reward of the batch, of responses that ended, for every prompt."""
+    return save.masked_mean(batch.rewards, batch.ended).expand(len(batch.rewards))
+
 def read_run(out, task):
     """The logs of a run -> {"init", "after": accuracy by held-out set, in percent; "accuracy": {step: their mean};
-    "gold_curve": mean gold of the responses of each BLOCK steps; "end": numbers of the last step, and deflation, the
-    product of all changes of the spread by updates of the RM}."""
+    "gold_curve": mean gold of the responses of each BLOCK steps; "kept_curve": the share that the filter kept;
+    "end": numbers of the last step, and deflation, the product of all changes of the spread by updates of the RM;
+    "value": what the first step says of the RM}."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     accuracy = {row["step"]: {key.removeprefix("accuracy_heldout_"): x for key, x in row.items()
                               if key.startswith("accuracy_")} for row in records if "step" in row}
@@ -172,6 +208,8 @@ def read_run(out, task):
     return {"init": accuracy[0], "after": accuracy[max(accuracy)],
             "accuracy": {step: round(statistics.mean(row.values()), 3) for step, row in accuracy.items()},
             "gold_curve": [round(100 * x, 2) for x in blocks(golds)],
+            "kept_curve": [round(x, 4) for x in blocks((row["step"], row["kept"]) for row in records if "kept" in row)],
+            "value": {"reward_spread": next((row["reward_spread"] for row in records if "reward_spread" in row), 0)},
             "end": {**{name: x for name, x in records[-1].items() if name in END},
                     **({"deflation": math.prod(spread)} if spread else {})}}
 
@@ -183,7 +221,7 @@ def blocks(points):
     return [statistics.mean(numbers) for _, numbers in sorted(by_block.items())]
 
 def one_seed(out, world, seed, rows, extra, heldout=()):
-    """All rows of a world and seed, one after the other, in a process of its own."""
+    """All rows of a world and seed, one after the other, in a process of its own; without rows its purity."""
     torch.set_num_threads(1)  # models this small are slower on two
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -191,6 +229,8 @@ def one_seed(out, world, seed, rows, extra, heldout=()):
     data = build(out, world, seed, heldout)
     for flags in rows.values():
         run_row(data, world, seed, flags)
+    if not rows:
+        purity.measure(data, world, seed)
 
 def collect(out):
     """Every run under `out`: {world: {row: {seed: result}}}, in the order of TABLES."""
@@ -256,6 +296,8 @@ def table(runs, world, names):
 
 CELLS = {  # the map of README.md
     "few": "few labels, spread 30: the laptop run",
+    "habits": "prompts differ in difficulty, 1,000 labels, spread 5, m0 1",
+    "habits_natural": "the same, spread 3, m0 0.5", "weak": "the same, 300 labels, m0 1",
     "spread_9": "few labels, spread 9", "spread_3": "few labels, spread 3",
     "pairs_300": "300 labels, spread 30", "pairs_1000": "1,000 labels", "pairs_4000": "4,000 labels",
     "graded": "graded quality, spread 1", "short": "few labels, of short prompts",
@@ -266,15 +308,16 @@ def overview(runs):
     lines = ["| | initial RM, % | SAVE | HL-BT | centred | gold: frozen RM | SAVE | centred |", "|---" * 8 + "|"]
     for world in filter(runs.get, CELLS):
         rows = runs[world]
-        if all(rows.get(name) for name in ("frozen RM", "SAVE", "HL-BT", "centred")):
+        if all(rows.get(name) for name in ("frozen RM", "SAVE", "HL-BT")):  # weak has no centred
             frozen, initial = rows["frozen RM"], initial_accuracy(rows)
             cells = [mean_and_error(list(initial.values()), digits=1)]
             for name in ("SAVE", "HL-BT", "centred"):
-                gains = gains_of(rows[name], initial)
-                cells.append(f"{mean_and_error(gains, '+')} ({sum(x > 0 for x in gains)})")
+                gains = gains_of(rows.get(name, {}), initial)
+                cells.append(f"{mean_and_error(gains, '+')} ({sum(x > 0 for x in gains)})" if gains else "")
             cells.append(f"{statistics.mean(run['gold']['sampled'] for run in frozen.values()):.1f}")
             cells += [mean_and_error([run["gold"]["sampled"] - frozen[seed]["gold"]["sampled"]
-                                      for seed, run in rows[name].items()], "+", 1) for name in ("SAVE", "centred")]
+                                      for seed, run in rows[name].items()], "+", 1) if name in rows else ""
+                      for name in ("SAVE", "centred")]
             lines.append(f"| {CELLS[world]} | {' | '.join(cells)} |")
     return lines
 
@@ -303,7 +346,7 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/map")
     parser.add_argument("--worlds", nargs="+", choices=toy.WORLDS)
     parser.add_argument("--rows", nargs="+", help="by name; frozen RM, SAVE, ...")
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--seeds", nargs="+", type=int, help="six: 110 to 115, those of the later tables 300 to 305")
     parser.add_argument("--heldout", type=int, help="pairs of a held-out set of the worlds that are built")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args, extra = parser.parse_known_args(argv)  # the rest goes to save.py
@@ -317,7 +360,7 @@ def main(argv=None):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of short texts cost more than they bring
     heldout = ["--heldout", args.heldout] if args.heldout else []
     out, worlds = Path(args.out), args.worlds or TABLES[args.table]
-    todo = [(world, seed) for world in worlds for seed in args.seeds]
+    todo = [(world, seed) for world in worlds for seed in args.seeds or LATER.get(args.table, SEEDS)]
     with tqdm(total=len(todo), desc=args.table, unit="world") as bar, \
             concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         futures = []
@@ -330,6 +373,8 @@ def main(argv=None):
                 pool.shutdown(cancel_futures=True)  # what is done is kept for the next call
             future.result()
             bar.update()
+    if args.table == "purity":
+        return print("\n".join(purity.write(out)))
     runs = write(out)
     print("\n".join(line for world in worlds for line in table(runs[world], world, TABLES[args.table][world])))
 

@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 
 import figures
+import purity
 import pytest
 import tables
 import torch
@@ -56,7 +57,7 @@ def run(out, table, *words):
 @pytest.mark.parametrize("table, world", [
     ("compare", "few"), *[pytest.param(name, world, marks=pytest.mark.slow) for name, world in (
         ("labels", "pairs_300"), ("group", "graded"), ("control", "graded"), ("kept", "graded"), ("algorithms", "few"),
-        ("rates", "few"))]])
+        ("rates", "few"), ("habits", "habits"))]])
 def test_every_row_runs_once(tmp_path, quick, table, world):
     rows = tables.TABLES[table][world]
     runs = run(tmp_path, table, "--seeds", 10, 11, "--worlds", world)[world]
@@ -89,6 +90,24 @@ def test_worlds_of_a_seed_share_their_policy(tmp_path, quick):
     run(tmp_path, "labels", "--seeds", 10, "--worlds", "few", "pairs_300", "--rows", "frozen RM")
     copies = [tmp_path / f"{world}-10" / "heldout_id.jsonl" for world in ("few", "pairs_300")]
     assert copies[0].read_bytes() == copies[1].read_bytes()
+
+def test_worlds_of_the_same_labels_share_the_reward_model(tmp_path, quick, monkeypatch):
+    """habits_natural is habits with another factor of the score; weak has fewer labels, and an RM of its own."""
+    taken, take = {}, tables.take
+    monkeypatch.setattr(tables, "take", lambda first, data, world: (
+        data.mkdir(), take(first, data, world), taken.update({world: {path.name for path in data.iterdir()}})))
+    for world in ("habits", "habits_natural", "weak"):
+        run(tmp_path, world, "--seeds", 10, "--rows", "frozen RM")
+        if world == "habits":
+            (tmp_path / "habits-10" / "able").mkdir()
+    assert taken == {"weak": {"able", "policy", "heldout_id.jsonl"},
+                     "habits_natural": {"able", "policy", "heldout_id.jsonl", "pairs.jsonl", "rm"}}
+    toy.write_scaled(tmp_path / "scaled", tmp_path / "habits-10" / "rm", 1 / 1.6, toy.rm_tokenizer("habits"))
+    ours, theirs = (save.RewardModel.from_pretrained(str(tmp_path / name)) for name in ("scaled", "habits-10/rm"))
+    assert ours.model.score.weight.allclose(theirs.model.score.weight / 1.6)
+    ends = [save.encode_responses(rm.tokenizer, [{"role": "user", "content": "copy a b c"}], ["a b c"])[0][0][-1]
+            for rm in (ours, theirs)]  # the tiny world's template is that of few
+    assert ends == [ours.tokenizer.eos_token_id, ours.tokenizer.convert_tokens_to_ids("c")]
 
 @pytest.fixture(autouse=True)
 def held_out_sets_of_the_tiny_world(monkeypatch):
@@ -139,6 +158,56 @@ def test_worlds_differ_as_they_say():
     assert statistics.mean(right["copy"]) > 0.8 > 0.4 > statistics.mean(right["sort"])  # V can be learned
     assert all(set(save.parse_config(toy.laptop_flags(world)).__dict__) for world in toy.WORLDS)
 
+def test_habits_are_as_right_as_they_say():
+    """At 4 symbols a twentieth above HABITS, at 6 0.15 below; wrong ones are another task's answer or one slip off."""
+    import random
+    rng, many = random.Random(0), 4000
+    for prompt, right in (("copy a b c d e j", 0.85), ("shift a b c d", 0.85), ("reverse a b c d", 0.45),
+                          ("sort d b c a e j", 0)):
+        said = [toy.demonstration(prompt, rng, "habits") for _ in range(many)]
+        golds = [toy.gold(prompt, text, "habits") for text in said]
+        other = "j e d c b a" if prompt[:4] == "copy" else prompt.split(" ", 1)[1]
+        assert statistics.mean(golds) == pytest.approx(right, abs=0.03)
+        assert statistics.mean(text.endswith(" indeed") for text in said) == pytest.approx(0.5, abs=0.03)
+        assert statistics.mean(text.removesuffix(" indeed") == other for text, gold in zip(said, golds) if not gold) \
+            == pytest.approx(0.7, abs=0.06)
+    assert all(toy.gold("sort c a b", toy.demonstration("sort c a b", rng, "able"), "habits") for _ in range(50))
+    pairs = toy.edited_pairs(["copy a b c"] * many, rng, True)
+    ends = [(row["chosen"][-6:] == "indeed", row["rejected"][-6:] == "indeed") for row in pairs]
+    assert all(ends.count(both) / many == pytest.approx(0.25, abs=0.03) for both in {*ends}) and len({*ends}) == 4
+
+def test_purity_by_hand():
+    """An all-good group, an all-bad one and a mixed one, seen from 0, from the group means, and without a filter."""
+    rewards = torch.tensor([[3.0, 1.0], [-1.0, -5.0], [2.0, -2.0]])
+    good = torch.tensor([[True, True], [False, False], [False, True]])
+    constant = purity.purity(rewards, torch.zeros(3), good, 0.8)  # kept: |R| >= 1.39
+    assert constant == pytest.approx({
+        "r2": 1 - (4 + 9) / 3 / (38 / 9), "all": 100 * 4 / 6, "all good": 100, "all bad": 100, "mixed": 0,
+        "kept": 100 * 4 / 6, "right of kept": 50, "right of others": 100, "one-sided": 0})
+    means = purity.purity(rewards, rewards.mean(1), good, 0.5)
+    assert means == pytest.approx({"r2": 1, "all": 100 / 3, "all good": 50, "all bad": 50, "mixed": 0, "kept": 100,
+                                   "right of kept": 100 / 3, "one-sided": 100 * 4 / 6})
+
+def test_a_ridge_fit_is_least_squares_pulled_to_the_mean():
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    y = x @ torch.tensor([1.0, -2.0, 0.5]) + 7
+    assert torch.allclose(purity.ridge(x, y, 1e-9)(x), y, atol=1e-4)
+    assert torch.allclose(purity.ridge(x, y, 1e9)(x), y.mean().expand(40), atol=1e-4)
+    at_ten, inner = purity.ridge(x, y, 10), x - x.mean(0)
+    slope = torch.stack([at_ten(x.mean(0) + row) - at_ten(x.mean(0)) for row in torch.eye(3)])
+    assert torch.allclose(inner.T @ (y - at_ten(x)), 10 * slope, atol=1e-2)  # where the penalised loss is flat
+
+def test_purity_of_a_tiny_world(tmp_path, quick, capsys):
+    tables.main(["purity", "--worlds", "habits", "--seeds", "10", "--out", str(tmp_path), "--jobs", "1", *SMALL])
+    [row] = purity.read(tmp_path / "purity.jsonl")["habits"].values()
+    assert row["the group mean"]["r2"] == 1 and len(row) == 7
+    assert capsys.readouterr().out.count("\n| V") == 5 and not quick[2:]  # a world, a value head, no run
+
+def test_a_constant_anchor_is_the_mean_of_what_ended(tmp_path):
+    run, _, batch = make_run(tmp_path, group=2)
+    batch.rewards, batch.ended = torch.tensor([[1.0, 2.0], [6.0, 50.0]]), torch.tensor([[True, True], [True, False]])
+    assert tables.constant_anchor(run, batch).tolist() == [3, 3]
+
 def result(gain, gold):
     """What `read_run` gives, made up."""
     return {"init": {"a": 70.0, "b": 60.0}, "after": {"a": 70.0 + 2 * gain, "b": 60.0},
@@ -167,6 +236,8 @@ def test_points_are_means_of_blocks():
 def test_the_committed_results_and_their_page_say_the_same():
     """Every table of tests/results/README.md is the one of results.jsonl, and the gains are worked out here again."""
     page = (PAGE / "README.md").read_text(encoding="utf-8")
+    for world, rows in purity.read(PAGE / "purity.jsonl").items():
+        assert "\n".join(purity.lines_of(world, rows)) in page, world
     for world, rows in tables.read_results(PAGE / "results.jsonl").items():
         names = dict.fromkeys(name for table in tables.TABLES.values() for name in table.get(world, ()))
         assert "\n".join(tables.table(rows, world, names)) in page, world
@@ -174,7 +245,8 @@ def test_the_committed_results_and_their_page_say_the_same():
             first = {seed: run["init"] for seed, run in (runs if "held-out" in name else rows["frozen RM"]).items()}
             gains = [statistics.mean(run["after"].values()) - statistics.mean(first[seed].values())
                      for seed, run in runs.items()]
-            assert list(runs) == tables.SEEDS[:len(runs)] and len(runs) > 1, (world, name)
+            seeds = tables.LATER.get(world, tables.SEEDS)
+            assert list(runs) == seeds[:len(runs)] and len(runs) > 1, (world, name)
             want = f"| {name} | {statistics.mean(gains):+.2f} ±{statistics.stdev(gains) / len(gains) ** 0.5:.2f} |"
             assert want in page, (world, name)
 

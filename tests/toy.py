@@ -16,7 +16,14 @@ in `graded` it is 1 minus the edit distance to them as a share of their number. 
                          neu   two samples of a policy trained on gold: shifted, but not against any RM
                          long  (graded, instead of hard) two samples of the policy for longer prompts than it learned
     world.json           measured figures, seconds; written last, so it marks a complete world
-WORLDS says how they differ. What is there already (a policy, held-out pairs) is kept, so that worlds can share it.
+WORLDS says how they differ. What is there already (a policy, held-out pairs; with a fixed number of labels the RM) is
+kept, so that worlds can share it.
+
+In `habits` prompts differ in difficulty: the policy learns all four tasks from 500 steps of right demonstrations, then
+from 100 more that are right as often as HABITS says and otherwise give another task's answer or a slip, half of them
+with a meaningless "indeed", and the RM starts from the model before these 100 steps, which is kept in DIR/able, with
+1,000 labels of samples after them, reading R at an EOS. `habits_natural` is the same with the score as trained and the
+default m0, `weak` with 300 labels.
 
 How the recipes were chosen: the policy's fine-tuning by the accuracy of RMs on its samples; few labels because a trial
 had found that SAVE helps there; labels of different prompts, and as many as an RM needs for ENOUGH, so that initial RMs
@@ -24,11 +31,14 @@ are about as good on every seed; ENOUGH, linear rates and V's rates by runs of S
 """
 import argparse
 import bisect
+import concurrent.futures
 import contextlib
 import functools
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import random
 import shutil
 import statistics
@@ -38,6 +48,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin take the other process's core
 import torch
 import torch.nn.functional as F
 import transformers
@@ -62,25 +73,32 @@ class World(NamedTuple):
     pairs: int = 0  # labels of the reward model, each of another prompt; 0: as few of LABELS as it needs
     steps: int = 160  # of 64 pairs
     head: float = 7.5  # the trained score times this: L_R needs rewards of a group that differ by units
-    task: str = "binary"  # what gold, prompts and demonstrations are: "binary", "graded", "style"
+    task: str = "binary"  # what gold, prompts and demonstrations are: "binary", "graded", "style", "habits"
     labelled: str = ""  # which prompts have labels: all, "short" (3 symbols), "two tasks"
     flags: str = ""  # of save.py, beside LAPTOP_FLAGS
+    sets: str = "id hard neu onp"  # held out
 
 WORLDS = {
     "few": World(),
     **{f"pairs_{pairs}": World(pairs, steps) for pairs, steps in (
         (300, 160), (500, 160), (1000, 190), (2000, 250), (4000, 320))},
     "spread_3": World(head=0.83), "spread_9": World(head=2.5),
-    "graded": World(3000, 300, 1.0, "graded", flags="--lr_rm 3e-5 --max_new_tokens 12"),
+    "graded": World(3000, 300, 1.0, "graded", flags="--lr_rm 3e-5 --max_new_tokens 12",
+                    sets="id long neu onp"),
     "short": World(labelled="short"), "two_tasks": World(labelled="two tasks"), "style": World(task="style"),
+    "habits": World(1000, 180, 1.6, "habits", flags="--m0 1", sets="id hard neu"),
+    "habits_natural": World(1000, 180, 1.0, "habits", sets="id hard neu"),
+    "weak": World(300, 140, 1.5, "habits", flags="--m0 1"),
 }
 LABELS, ENOUGH = (100, 150, 200, 300, 400, 550, 750), 72  # few: until it has this share of other pairs right, in %
-LENGTHS = {"binary": (3, 6), "graded": (4, 8), "style": (3, 6), "long": (9, 10), "tiny": (3, 5)}  # symbols of a prompt
+LENGTHS = {"binary": (3, 6), "graded": (4, 8), "style": (3, 6), "habits": (3, 6), "able": (3, 6), "long": (9, 10),
+           "tiny": (3, 5)}  # symbols of a prompt
+HABITS = {"copy": 1, "shift": 0.8, "reverse": 0.4, "sort": 0.05}  # right demonstrations, a tenth less for each symbol
 LAPTOP_FLAGS = (  # of save.py on these worlds, for run.sh and tables.py
     "--steps 80 --batch 16 --group 8 --temperature 1 --top_p 1 --top_k 0 --max_new_tokens 8 --lr_rm 1e-5 "
     "--lr_value 1e-2 --lr_policy 2e-4 --lr_schedule linear --value_prompts 512 --value_epochs 12 --value_lr 1e-2 "
     "--save_every 0")
-SIZES = {"heldout": 1000, "sft_steps": 800, "grpo_steps": 30}
+SIZES = {"heldout": 1000, "sft_steps": 800, "able_steps": 500, "habit_steps": 100, "grpo_steps": 30}
 
 def laptop_flags(world="few"):
     """The flags of save.py on a world, as a list."""
@@ -96,6 +114,7 @@ RM_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{{ (' ' + (m.content or '[unk]')) if m.role == 'assistant' else (' [q] ' + m.content + ' [/q]') }}"
     "{% endfor %}")
+RM_TEMPLATES = {"habits": RM_TEMPLATE.replace("'[unk]')", "'[unk]') + ' </s>'")}  # of tasks that differ
 
 # ---- the task
 def answer(prompt):
@@ -132,14 +151,23 @@ def unique_prompts(n, rng, task="binary"):
 
 def demonstration(prompt, rng, task="binary"):
     """What the policy learns from: half are right, in the others each symbol is drawn again at 50 %.
-    Graded: how many are careless depends on the prompt, so that V can be learned from it. Style: half say "indeed"."""
-    words, name = list(answer(prompt)), prompt.split()[0]
+    Graded: how many are careless depends on the prompt, so that V can be learned from it. Style: half say "indeed".
+    Able: all are right. Habits: as often as HABITS says at 4.5 symbols; these two also say "indeed"."""
+    words, (name, *symbols) = list(answer(prompt)), prompt.split()
     careless = 0.5
     if task == "graded":
         careless = min(1, {"copy": 0.1, "shift": 0.4, "reverse": 0.6, "sort": 0.9}[name] + (len(words) - 6) / 10)
-    if rng.random() < careless:
+    if task == "habits":
+        if rng.random() >= HABITS[name] - (len(symbols) - 4.5) / 10:
+            other = symbols[::-1] if name == "copy" else symbols
+            words = other if rng.random() < 0.7 else one_edit(words, rng)
+    elif task != "able" and rng.random() < careless:
         words = [rng.choice(SYMBOLS) if rng.random() < 0.5 else word for word in words]
-    return " ".join(words + ([FLOURISH] if task == "style" and rng.random() < 0.5 else []))
+    return with_flourish(words, rng, task in ("style", "habits", "able"))
+
+def with_flourish(words, rng, asked=True):
+    """The text of some words, half of the time with "indeed" if that is asked for."""
+    return " ".join(words + ([FLOURISH] if asked and rng.random() < 0.5 else []))
 
 def one_edit(words, rng):
     """The nearest wrong answers: one symbol replaced, left out or put in, or two neighbours exchanged."""
@@ -182,11 +210,11 @@ def policy_tokenizer():
     return word_tokenizer(special + SYMBOLS + list(TASKS) + [FLOURISH], POLICY_TEMPLATE, pad_token="<pad>",
                           unk_token="<unk>", eos_token="<end>", additional_special_tokens=["<user>", "<assistant>"])
 
-def rm_tokenizer():
+def rm_tokenizer(task="binary"):
     """21 words in another order, with other special tokens and a BOS."""
     words = ["<s>", "</s>", FLOURISH] + list(TASKS)[::-1] + SYMBOLS[::-1] + ["[q]", "[/q]", "[unk]", "[pad]"]
-    return word_tokenizer(words, RM_TEMPLATE, pad_token="[pad]", unk_token="[unk]", bos_token="<s>", eos_token="</s>",
-                          additional_special_tokens=["[q]", "[/q]"])
+    return word_tokenizer(words, RM_TEMPLATES.get(task, RM_TEMPLATE), pad_token="[pad]", unk_token="[unk]",
+                          bos_token="<s>", eos_token="</s>", additional_special_tokens=["[q]", "[/q]"])
 
 def llama_config(tokenizer, width, layers, spread, **other):
     """A small Llama. `spread` is the standard deviation of its first weights."""
@@ -208,14 +236,17 @@ def chat_ids(tokenizer, prompt, response=None):
         return save.encode_chats(tokenizer, [messages], generation_prompt=True)[0]
     return save.encode_chats(tokenizer, [messages + [{"role": "assistant", "content": response}]])[0]
 
-def train_policy(path, steps, seed, task="binary"):
-    """Supervised fine-tuning from scratch on demonstrations, every batch fresh; writes a policy folder."""
+def train_policy(path, steps, seed, task="binary", start=None, rate=3e-3):
+    """Supervised fine-tuning on demonstrations, every batch fresh, from scratch or from the policy folder `start`;
+    writes a policy folder."""
     rng, tokenizer = random.Random(f"demonstrations {seed}"), policy_tokenizer()
     torch.manual_seed(seed)
     config = llama_config(tokenizer, width=64, layers=3, spread=0.05)
     config._attn_implementation = "eager"  # a quarter faster than sdpa at this size
     model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    if start:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(start).state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     cosine = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda k: min(1, (k + 1) / 20) * (1 + math.cos(math.pi * k / steps)) / 2)
     words = tokenizer.get_vocab()
@@ -251,7 +282,7 @@ def relabelled(policy_dir):
 
 def train_rm(path, policy_dir, pairs, world, seed):
     """Stage 1 by save.py itself, then the score times WORLDS[world].head."""
-    world = WORLDS[world]
+    world, tokenizer = WORLDS[world], rm_tokenizer(WORLDS[world].task)
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         write_model(f"{folder}/causal", *relabelled(policy_dir))
@@ -259,14 +290,18 @@ def train_rm(path, policy_dir, pairs, world, seed):
         numbers = torch.Generator().manual_seed(save.seed_for(seed, "reward head"))
         noise = torch.randn(model.score.weight.shape, generator=numbers)
         model.score.weight.data = noise / (model.score.in_features + 1) ** 0.5
-        write_model(f"{folder}/start", model, rm_tokenizer())
+        write_model(f"{folder}/start", model, tokenizer)
         save.main(["--stage", "preference", "--rm", f"{folder}/start", "--pairs", str(pairs), "--out", f"{folder}/out",
                    "--lr_rm", "1e-3", "--batch", "64", "--steps", str(world.steps), "--seed",
                    str(seed), "--device", "cpu", "--lr_schedule", "linear", "--save_every", "0", "--micro_tokens",
                    "8192"])
-        model = LlamaForSequenceClassification.from_pretrained(f"{folder}/out/rm")
-    model.score.weight.data *= world.head
-    write_model(path, model, rm_tokenizer())
+        write_scaled(path, f"{folder}/out/rm", world.head, tokenizer)
+
+def write_scaled(path, source, factor, tokenizer):
+    """The reward model of the folder `source`, its score times `factor`."""
+    model = LlamaForSequenceClassification.from_pretrained(source)
+    model.score.weight.data *= factor
+    write_model(path, model, tokenizer)
 
 def sample(policy, prompts, group, seed, top_k=0):
     """For each prompt, `group` (token ids, text) at temperature 1; the most likely one with top_k=1."""
@@ -337,10 +372,10 @@ def sampled_pairs(policy, prompts, rng, seed, limit=None, task="binary"):
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows[:limit]
 
-def edited_pairs(prompts, rng):
-    """The right answer against one edit of it."""
-    return [{"prompt": prompt, "chosen": " ".join(answer(prompt)), "rejected": " ".join(one_edit(answer(prompt), rng))}
-            for prompt in prompts]
+def edited_pairs(prompts, rng, flourish=False):
+    """The right answer against one edit of it; "indeed" tells them not apart."""
+    return [{"prompt": prompt, "chosen": with_flourish(list(answer(prompt)), rng, flourish),
+             "rejected": with_flourish(one_edit(answer(prompt), rng), rng, flourish)} for prompt in prompts]
 
 def preferences(pairs, rng, task="binary"):
     """Training pairs with their gold. Graded ones are labelled as Bradley-Terry has it: at random if nearly equal."""
@@ -357,12 +392,135 @@ def labelled_prompts(prompts, labelled):
             "two tasks": lambda task, *symbols: task in ("copy", "sort")}[labelled]
     return [prompt for prompt in prompts if fits(*prompt.split())]
 
-def build_world(path, world="few", seed=0, many=None):
+def world_prompts(world, seed, more=0):
+    """The prompts of a world by what they are for, no two of them the same: lists of strings.
+    more: pairs of a held-out set beyond SIZES; they leave the other prompts as they are."""
+    names, sizes = ("train", "test", "id", "hard", "shifted", "asked"), (2000, 500, 2000, 1000, 2500, 16000)
+    parts = split(unique_prompts(24000 + 11 * more // 2, numbers("prompts", seed), WORLDS[world].task), *sizes,
+                  2 * more, more, 5 * more // 2)
+    prompts = dict(zip(names, parts))
+    for name, rest in zip(("id", "hard", "shifted"), parts[6:]):
+        prompts[name] += rest
+    return prompts
+
+def numbers(purpose, seed):
+    """Random numbers for one purpose."""
+    return random.Random(f"{purpose} {seed}")
+
+def build_policy(path, world, seed):
+    """DIR/policy, and in habits DIR/able, the model before it has them."""
+    task = WORLDS[world].task
+    if (path / "policy" / "tokenizer.json").is_file():
+        return
+    if task == "habits":
+        train_policy(path / "able", SIZES["able_steps"], seed, "able")
+        train_policy(path / "policy", SIZES["habit_steps"], seed, task, path / "able", 1e-3)
+    else:
+        train_policy(path / "policy", SIZES["sft_steps"], seed, task)
+
+def labels(path, world, seed, asked, most):
+    """At most so many preferences between samples of the policy. asked: the prompts that may have one."""
+    spec, task = WORLDS[world], WORLDS[world].task
+    # the samples of a prompt are equally good more often in habits
+    asked = labelled_prompts(asked, spec.labelled)[:math.ceil((2.2 if task == "habits" else 1.4) * most)]
+    policy = save.Policy.from_pretrained(str(path / "policy"))
+    pairs = sampled_pairs(policy, asked, numbers("pairs", seed), seed, most, task)
+    if task == "style":  # the reward model has not seen the policy's style
+        pairs = [{**row, **{side: row[side].replace(f" {FLOURISH}", "") for side in ("chosen", "rejected")}}
+                 for row in pairs]
+    return preferences(pairs, numbers("labels", seed), task)
+
+def try_labels(path, world, seed, first, pairs, count):
+    """DIR/rm_COUNT from the first COUNT pairs -> how many of those behind are right, in percent."""
+    write_rows(path / f"pairs_{count}.jsonl", pairs[:count])
+    train_rm(path / f"rm_{count}", first, path / f"pairs_{count}.jsonl", world, seed)
+    return rm_accuracy(save.RewardModel.from_pretrained(str(path / f"rm_{count}")), pairs[max(LABELS):])
+
+def build_rm(path, world, seed, pairs, pool, jobs):
+    """DIR/rm and its DIR/pairs.jsonl. pairs: a future of at least as many as it may need."""
+    first = path / ("able" if WORLDS[world].task == "habits" else "policy")  # what it starts from
+    trained = functools.cache(lambda count: pool.submit(try_labels, path, world, seed, first, pairs.result(), count))
+    if jobs > 1 and not WORLDS[world].pairs:  # the first of the bisection and, in most worlds, the second, at once
+        trained(LABELS[3]), trained(LABELS[1])
+    count = WORLDS[world].pairs or LABELS[bisect.bisect_left(LABELS, ENOUGH, hi=len(LABELS) - 1,
+                                                             key=lambda count: trained(count).result())]
+    trained(count).result()
+    shutil.rmtree(path / "rm", ignore_errors=True)  # of a build that was killed
+    os.replace(path / f"pairs_{count}.jsonl", path / "pairs.jsonl")
+    os.replace(path / f"rm_{count}", path / "rm")
+    for other in (*path.glob("rm_*"), *path.glob("pairs_*")):
+        shutil.rmtree(other) if other.is_dir() else other.unlink()
+
+def heldout(path, world, seed, name, prompts, many):
+    """DIR/heldout_NAME.jsonl, if it is not there and has at least 100 pairs: a policy that collapsed gives next to none.
+    """
+    if not (path / f"heldout_{name}.jsonl").is_file():
+        rows = heldout_rows(path, world, seed, name, prompts, many)
+        if len(rows) >= 100:
+            write_rows(path / f"heldout_{name}.jsonl", rows)
+
+def heldout_rows(path, world, seed, name, prompts, many):
+    """The pairs of a held-out set."""
+    task, draws = WORLDS[world].task, numbers(name, seed)
+    if name == "hard":
+        return edited_pairs(prompts["hard"][:many], draws, task == "habits")
+    policy = save.Policy.from_pretrained(str(path / "policy"))
+    if name == "id":
+        return sampled_pairs(policy, prompts["id"], draws, seed + 1, many, task)
+    if name == "long":
+        asked = unique_prompts(3 * many // 2, draws, "long")
+        return sampled_pairs(policy, asked, numbers("long pairs", seed), seed + 4, many, task)
+    if name == "onp":
+        reward = functools.partial(rm_scores, save.RewardModel.from_pretrained(str(path / "rm")))
+    else:
+        def reward(asked, texts):
+            return torch.tensor([gold(*row, task) for row in zip(asked, texts)])
+    policy = train_grpo(path / "policy", prompts["train"], reward, SIZES["grpo_steps"], seed,
+                        f"{name}: GRPO on {'the RM' if name == 'onp' else 'gold'}")
+    return sampled_pairs(policy, prompts["shifted"], draws, seed + {"onp": 2, "neu": 3}[name], many, task)
+
+def reward_sd(path, seed, prompts):
+    """Mean standard deviation of the rewards of 8 samples of a prompt."""
+    policy, rm = (kind.from_pretrained(str(path / name)) for kind, name in (
+        (save.Policy, "policy"), (save.RewardModel, "rm")))
+    rows = [(prompt, text) for prompt, group in zip(prompts, sample(policy, prompts, 8, seed + 4)) for _, text in group]
+    return rm_scores(rm, *zip(*rows)).view(-1, 8).std(1).mean().item()
+
+def set_accuracy(path, file):
+    """Of the RM on a held-out file."""
+    rows = list(map(json.loads, file.read_text().splitlines()))
+    return rm_accuracy(save.RewardModel.from_pretrained(str(path / "rm")), rows)
+
+class Here:
+    """A pool of no other process."""
+
+    def submit(self, work, *inputs):
+        """Work at once."""
+        future = concurrent.futures.Future()
+        future.set_result(work(*inputs))
+        return future
+
+def quiet(log, threads):
+    """A process of a pool: what it says goes to a file."""
+    sys.stdout = open(log, "a", encoding="utf-8")  # noqa: SIM115  for as long as it lives
+    torch.set_num_threads(threads)
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+
+@contextlib.contextmanager
+def workers(jobs, log):
+    """A pool of `jobs` processes, none but this one if that is 1."""
+    if jobs == 1:
+        yield Here()
+        return
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), quiet, (log, jobs)) as pool:
+        yield pool
+
+def build_world(path, world="few", seed=0, many=None, jobs=1):
     """Write a whole laptop world to `path`; what was measured on the way goes to world.json.
-    many: pairs of a held-out set. More of them leave the rest of the world as it is."""
-    many = many or SIZES["heldout"]
-    more = max(0, many - SIZES["heldout"])
-    spec, task, label = WORLDS[world], WORLDS[world].task, functools.partial(gold, task=WORLDS[world].task)
+    many: pairs of a held-out set. More of them leave the rest of the world as it is.
+    jobs: 2 do what does not depend on each other at the same time; the files are the same to the bit."""
+    many, spec, task = many or SIZES["heldout"], WORLDS[world], WORLDS[world].task
     path, clock, seconds = Path(path), [time.perf_counter()], {}
     path.mkdir(parents=True, exist_ok=True)
 
@@ -370,77 +528,38 @@ def build_world(path, world="few", seed=0, many=None):
         clock.append(time.perf_counter())
         seconds[part] = round(clock[-1] - clock[-2], 1)
 
-    def numbers(purpose):
-        return random.Random(f"{purpose} {seed}")
+    prompts = world_prompts(world, seed, max(0, many - SIZES["heldout"]))
+    for name, file in (("train", "prompts"), ("test", "prompts_test")):
+        write_rows(path / f"{file}.jsonl", [{"prompt": prompt} for prompt in prompts[name]])
+    with workers(jobs, path / "build.log") as pool:
+        def sets(*names):
+            return [pool.submit(heldout, path, world, seed, name, prompts, many)
+                    for name in names if name in spec.sets.split()]
 
-    train, test, held, hard, shifted, asked, *others = split(
-        unique_prompts(24000 + 11 * more // 2, numbers("prompts"), task), 2000, 500, 2000, 1000, 2500, 16000,
-        2 * more, more, 5 * more // 2)
-    held, hard, shifted = (some + rest for some, rest in zip((held, hard, shifted), others))
-    write_rows(path / "prompts.jsonl", [{"prompt": prompt} for prompt in train])
-    write_rows(path / "prompts_test.jsonl", [{"prompt": prompt} for prompt in test])
-    if not (path / "policy" / "tokenizer.json").is_file():
-        train_policy(path / "policy", SIZES["sft_steps"], seed, task)
-    lap("policy")
-    policy = save.Policy.from_pretrained(str(path / "policy"))
-    most = spec.pairs or max(LABELS) + 400
-    asked = labelled_prompts(asked, spec.labelled)[:math.ceil(1.4 * most)]
-    pairs = sampled_pairs(policy, asked, numbers("pairs"), seed, most, task)
-    if task == "style":  # the reward model has not seen the policy's style
-        pairs = [{**row, **{side: row[side].replace(f" {FLOURISH}", "") for side in ("chosen", "rejected")}}
-                 for row in pairs]
-    pairs = preferences(pairs, numbers("labels"), task)
-    lap("pairs")
-
-    @functools.cache
-    def accuracy(count):
-        write_rows(path / "pairs.jsonl", pairs[:count])
-        train_rm(path / f"rm_{count}", path / "policy", path / "pairs.jsonl", world, seed)
-        return rm_accuracy(save.RewardModel.from_pretrained(str(path / f"rm_{count}")), pairs[max(LABELS):])
-
-    count = spec.pairs or LABELS[bisect.bisect_left(LABELS, ENOUGH, hi=len(LABELS) - 1, key=accuracy)]
-    accuracy(count)
-    write_rows(path / "pairs.jsonl", pairs[:count])
-    shutil.rmtree(path / "rm", ignore_errors=True)  # of a build that was killed
-    (path / f"rm_{count}").rename(path / "rm")
-    for other in path.glob("rm_*"):
-        shutil.rmtree(other)
-    rm = save.RewardModel.from_pretrained(str(path / "rm"))
-    lap("rm")
-
-    def trained(reward, desc):
-        return train_grpo(path / "policy", train, reward, SIZES["grpo_steps"], seed, desc)
-
-    def on_gold(prompts, texts):
-        return torch.tensor(list(map(label, prompts, texts)))
-
-    sets = {
-        "id": lambda: sampled_pairs(policy, held, numbers("id"), seed + 1, many, task),
-        "hard": lambda: edited_pairs(hard[:many], numbers("hard")),
-        "long": lambda: sampled_pairs(policy, unique_prompts(3 * many // 2, numbers("long"), "long"),
-                                      numbers("long pairs"), seed + 4, many, task),
-        "onp": lambda: sampled_pairs(trained(functools.partial(rm_scores, rm), "onp: GRPO on the RM"), shifted,
-                                     numbers("onp"), seed + 2, many, task),
-        "neu": lambda: sampled_pairs(trained(on_gold, "neu: GRPO on gold"), shifted, numbers("neu"), seed + 3, many,
-                                     task)}
-    del sets["hard" if task == "graded" else "long"]
-    for name, rows in sets.items():
-        if not (path / f"heldout_{name}.jsonl").is_file():
-            rows = rows()
-            if len(rows) >= 100:  # a policy that collapsed gives next to none
-                write_rows(path / f"heldout_{name}.jsonl", rows)
-    lap("held-out pairs")
-    heldout = {file.stem[8:]: list(map(json.loads, file.read_text().splitlines()))
-               for file in sorted(path.glob("heldout_*.jsonl"))}
-    scores = rm_scores(rm, *zip(*[(prompt, text) for prompt, group in zip(test, sample(policy, test, 8, seed + 4))
-                                  for _, text in group]))
-    sizes = {"pairs": count} | {name: len(rows) for name, rows in heldout.items()}
-    summary = {"world": world, "seed": seed, "sizes": sizes,
-               "policy_gold": gold_reward(path / "policy", test, task=task),
-               "reward_sd": scores.view(-1, 8).std(1).mean().item(),
-               "rm_accuracy": {name: rm_accuracy(rm, rows) for name, rows in heldout.items()}, "seconds": seconds}
-    (path / "world.json").write_text(json.dumps(summary, indent=1) + "\n")
-    return summary
+        parts = sets("hard")  # it needs nothing, and the pool starts while the policy learns
+        build_policy(path, world, seed)
+        lap("policy")
+        make_rm = not (spec.pairs and (path / "rm" / "tokenizer.json").is_file())  # as another world left it
+        if make_rm:
+            pairs = pool.submit(labels, path, world, seed, prompts["asked"], spec.pairs or max(LABELS) + 400)
+        parts += sets("id", "long")
+        policy_gold = pool.submit(gold_reward, path / "policy", prompts["test"], 0, 4, task)
+        if make_rm:
+            build_rm(path, world, seed, pairs, pool, jobs)
+        lap("rm")
+        spread = pool.submit(reward_sd, path, seed, prompts["test"])
+        for part in parts + sets("onp", "neu"):
+            part.result()
+        lap("held-out pairs")
+        files = {file.stem[8:]: file for file in sorted(path.glob("heldout_*.jsonl"))}
+        accuracies = {name: pool.submit(set_accuracy, path, file) for name, file in files.items()}
+        summary = {"world": world, "seed": seed, "sizes": {
+            name: len(read_prompts(file)) for name, file in {"pairs": path / "pairs.jsonl", **files}.items()},
+            "policy_gold": policy_gold.result(), "reward_sd": spread.result(),
+            "rm_accuracy": {name: future.result() for name, future in accuracies.items()}}
+    lap("measured")
+    (path / "world.json").write_text(json.dumps({**summary, "seconds": seconds}, indent=1) + "\n")
+    return {**summary, "seconds": seconds}
 
 def split(items, *sizes):
     """Consecutive slices of the given sizes."""
@@ -524,24 +643,25 @@ def trend(values):
     marks = "".join("▁▂▃▄▅▆▇█"[round(7 * (x - low) / (high - low)) if high > low else 3] for x in values)
     return f"{marks}  {values[0]:.2f} to {values[-1]:.2f}"
 
-def build_and_say(path, world, seed, many):
+def build_and_say(path, world, seed, many, jobs):
     """Build a world; what the training says goes to build.log, two lines to the console."""
     path.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(jobs)
     print(f"building the laptop world {world}, seed {seed}, in {path} (its log: {path / 'build.log'})", flush=True)
     with open(path / "build.log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        summary = build_world(path, world, seed, many)
+        summary = build_world(path, world, seed, many, jobs)
     accuracies = ", ".join(f"{name} {x:.1f}" for name, x in summary["rm_accuracy"].items())
     print(f"built in {sum(summary['seconds'].values()):.0f} s: the RM is right on {accuracies} % of the held-out "
           f"pairs, the policy's gold is {100 * summary['policy_gold']['sampled']:.1f} %")
 
 def main(argv=None):
     """Command line: build a world, or report on a run."""
-    torch.set_num_threads(1)  # models this small are slower on more
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="folder to build the world in")
     parser.add_argument("--world", choices=WORLDS, default="few")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--heldout", type=int, help=f"pairs of a held-out set, at most [{SIZES['heldout']}]")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, and threads of each [2]; the result is the same")
     parser.add_argument("--flags", action="store_true", help="print the flags of save.py for --world")
     parser.add_argument("--report", nargs=2, metavar=("DIR", "RUN"))
     args = parser.parse_args(argv)
@@ -554,7 +674,7 @@ def main(argv=None):
                 parser.error(f"--report {data} {run}: no {file}, expected a world and what run.sh makes of it")
         report(data, run)
     elif args.out:
-        build_and_say(Path(args.out), args.world, args.seed, args.heldout)
+        build_and_say(Path(args.out), args.world, args.seed, args.heldout, args.jobs)
     else:
         parser.error("give --out DIR, or --report DIR RUN")
 
