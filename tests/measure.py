@@ -1,5 +1,6 @@
 """What a run is worth, in numbers: read from its files, with 95 % intervals over prompts. report.py and tables.py share
 it; `python tests/report.py RUN` prints it."""
+import collections
 import json
 import math
 import statistics
@@ -28,7 +29,7 @@ class Logs:
         rows = read_rows(Path(run, "metrics.jsonl"))
         self.config, self.samples = rows[0]["config"], read_rows(Path(run, "samples.jsonl"))
         self.name = NAMES.get(self.config["rm_update"], self.config["rm_update"])
-        self.steps = [row for row in rows if row.get("stage") in ("save", "preference")]
+        self.steps = [row for row in rows if "step" in row and row["stage"] not in ("value", "closing words")]
         self.words = [line for row in rows for line in row.get("words", ())]
         self.last = max((row["step"] for row in self.steps), default=0)
         golds = [toy.gold(row["prompt"][-1]["content"], row["response"], task) for row in self.samples] if task else []
@@ -65,6 +66,21 @@ class Logs:
                                            for rows in groups if rows]
         return {steps: points for steps, points in found.items() if points}
 
+    def telling(self):
+        """Four steps, two groups each: of the two prompts that come most often, if both come four times; else of a step
+        that with the most set aside, then the most different responses, and another with the most even split."""
+        often = collections.Counter(prompt for _, prompt in self.groups).most_common(2)
+        if len(often) == 2 and often[1][1] >= 4:
+            of = [sorted(step for step, prompt in self.groups if prompt == name) for name, _ in often]
+            return [(steps[i * (len(steps) - 1) // 3], name) for i in range(4) for steps, (name, _) in zip(of, often)]
+        chosen, steps = [], sorted({step for step, _ in self.groups})
+        for step in (steps[i * (len(steps) - 1) // 3] for i in range(4)):
+            sides = {key: [row["side"] for row in rows] for key, rows in self.groups.items() if key[0] == step}
+            texts = {key: len({row["response"] for row in self.groups[key]}) for key in sides}
+            chosen.append(max(sides, key=lambda key: (sides[key].count(""), texts[key])))
+            chosen.append(max(sides, key=lambda key: (key != chosen[-1], min(map(sides[key].count, "+-")))))
+        return chosen
+
 def r2(points):
     """Share of the variance of the group means that V explains, below 0: less than their mean does. [(V, mean)]."""
     mean = statistics.mean(m for _, m in points)
@@ -79,7 +95,7 @@ def blocks(points, every=10):
     return [statistics.mean(numbers) for _, numbers in sorted(by_block.items())]
 
 def right_pairs(file):
-    """scores.jsonl of eval.py -> {reward model: {held-out set: (prompts, (n,) 1 where the chosen response is ahead)}}."""
+    """scores.jsonl of eval.py -> {reward model: {held-out set: (prompts, (n,) 1 where chosen is ahead)}}."""
     right, prompts = {}, {}
     for row in read_rows(file):
         name = Path(row["bench"]).stem.removeprefix("heldout_")
@@ -94,8 +110,8 @@ def changes(before, after):
 
 def interval(sets, draws=2000):
     """95 % bootstrap interval of the mean over sets of their mean change, in points.
-    sets: [(n prompts, their n changes)]. Prompts are drawn again, each with all its pairs in all sets (onp and neu share
-    theirs), among those that have as many pairs in the same sets."""
+    sets: [(n prompts, their n changes)]. Prompts are drawn again, each with its pairs in all sets (onp and neu share
+    prompts), among those that have as many in the same sets."""
     rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(p for prompts, _ in sets for p in prompts))}
     sums, counts = torch.zeros(2, len(rows), len(sets), dtype=torch.double)
     for i, (prompts, change) in enumerate(sets):

@@ -1,20 +1,19 @@
-"""What a run of save.py did, as a picture: one SVG file for any browser, nothing is fetched. Of a world's run the numbers.
+"""What a run of save.py did: its picture, one SVG file for any browser, and of a run of run.sh the numbers.
 
     python tests/report.py RUN                                   # writes RUN/report.svg, of any run
-    python tests/report.py RUN --control FROZEN --world DIR      # beside the frozen RM, and in numbers: what run.sh does
+    python tests/report.py RUN --control FROZEN --world DIR      # beside the frozen RM: what run.sh does
     python tests/report.py RUN --svg tests/results/laptop.svg    # the picture elsewhere
 
 Gold is that of the world (tests/toy.py) in the folder of the run's --prompts, or --world; elsewhere nobody knows it.
 """
 import argparse
-import collections
 import html
 import math
 import textwrap
 from pathlib import Path
 
 from measure import Logs, r2, report, world_task
-from svg import BLUE, FONTS, GREEN, GREY, GRID, INK, ORANGE, SOFT, YELLOW, Panel, around, bold, tag, text
+from svg import BLUE, FONTS, GREEN, GREY, INK, ORANGE, SOFT, YELLOW, Panel, around, bold, tag, text
 
 import save
 
@@ -24,10 +23,9 @@ def learned(top, run, control):
     """RM accuracy, and gold of the responses (their reward where gold is unknown), over the steps."""
     gold, curves, parts = any("gold" in row for row in run.samples), ({}, {}), []
     for logs, style in ((control, (SOFT, "6 4")), (run, (BLUE, "none")))[control is None:]:
-        frozen = logs.config["rm_update"] == "none"  # nobody tests it twice
-        tests = logs.mean_accuracy() or {step: run.mean_accuracy().get(0) for step in (0, run.last) if frozen}
+        flat = dict.fromkeys((0, run.last), run.mean_accuracy().get(0)) if logs.name == "frozen RM" else {}
         points = logs.curve(logs.samples, *(("gold", 100) if gold else ("reward",)))
-        for found, points in zip(curves, (list(tests.items()), points)):
+        for found, points in zip(curves, (list((logs.mean_accuracy() or flat).items()), points)):
             found |= {logs.name: (*style, points)} if points and points[0][1] is not None else {}
     titles = "RM accuracy on held-out pairs, %", "gold of the responses, %" if gold else "reward of the responses"
     for x, title, found in zip((60, 560), titles, curves):
@@ -36,20 +34,6 @@ def learned(top, run, control):
             panel = Panel(x, top + 30, 300, 170, (0, run.last), ys)
             parts += panel.axes(title, "step") + panel.curves(found)
     return 270 if parts else 0, parts
-
-def telling(run):
-    """Four steps, two groups each: of the two prompts that come most often, if both come four times; else of each step
-    that with the most set aside, then the most different responses, and another with the most even split."""
-    often = collections.Counter(prompt for _, prompt in run.groups).most_common(2)
-    if len(often) == 2 and often[1][1] >= 4:
-        of = [sorted(step for step, prompt in run.groups if prompt == name) for name, _ in often]
-        return [(steps[i * (len(steps) - 1) // 3], name) for i in range(4) for steps, (name, _) in zip(of, often)]
-    chosen, steps = [], sorted({step for step, _ in run.groups})
-    for step in (steps[i * (len(steps) - 1) // 3] for i in range(4)):
-        sides = {key: [row["side"] for row in rows] for key, rows in run.groups.items() if key[0] == step}
-        chosen.append(max(sides, key=lambda key: (sides[key].count(""), len({*map(str, run.groups[key])}))))
-        chosen.append(max(sides, key=lambda key: (key != chosen[-1], min(map(sides[key].count, "+-")))))
-    return chosen
 
 def group(panel, rows, mu):
     """A group of responses: dots on the line of rewards, V, and the band in which the filter sets aside."""
@@ -69,21 +53,22 @@ def group(panel, rows, mu):
 
 def microscope(top, run):
     """Eight groups, four steps down."""
-    keys = telling(run)
-    xs = around([row[name] for key in keys for row in run.groups[key] for name in ("reward", "value")])
-    parts = [bold(60, top, "The method under the microscope", 16), text(60, top + 20, "A dot: a response, at its reward R "
-             "before the update. The line: V, the anchor. Shaded: closer to V than the threshold, set aside.", fill=SOFT)]
+    groups = [(key, sorted(run.groups[key], key=lambda row: row["reward"])) for key in run.telling()]
+    xs = around([row[name] for _, rows in groups for row in rows for name in ("reward", "value")])
+    parts = [bold(60, top, "The method under the microscope", 16), text(
+        60, top + 20, "A dot: a response, at its reward R before the update. The line: V, the anchor. Shaded: nearer "
+        "to V than the threshold, set aside.", fill=SOFT)]
     legend = [*SIDES.values()] + [("ringed: right by gold, which the method does not see", "#fff")] * (
         "gold" in run.samples[0])
     for x, (name, colour) in zip((66, 126, 186, 286), legend):
         parts += [tag("circle", cx=x, cy=top + 41, r=5, fill=colour, stroke=INK if colour == "#fff" else colour,
                       stroke_width=2), text(x + 11, top + 45, name)]
-    for i, key in enumerate(keys):
-        panel, rows = Panel(60 + 480 * (i % 2), top + 86 + 82 * (i // 2), 420, 50, xs), run.groups[key]
-        right = [row["right"] for row in rows if "right" in row]
-        parts += [text(panel.x, panel.y - 7, f"step {key[0]}: {textwrap.shorten(key[1], 44, placeholder='...')}" + (
+    for i, ((step, prompt), rows) in enumerate(groups):
+        panel, right = Panel(60 + 480 * (i % 2), top + 86 + 82 * (i // 2), 420, 50, xs), [
+            row["right"] for row in rows if "right" in row]
+        parts += [text(panel.x, panel.y - 7, f"step {step}: {textwrap.shorten(prompt, 44, placeholder='...')}" + (
             f", {sum(right)} of {len(right)} labels right" if right else "")), *panel.axis("reward R" if i > 5 else "")]
-        parts += group(panel, rows, save.curriculum_threshold(key[0], run.config["steps"], run.config["m0"]))
+        parts += group(panel, rows, save.curriculum_threshold(step, run.config["steps"], run.config["m0"]))
     return 470, parts
 
 def anchor(top, run):
@@ -113,27 +98,27 @@ def picture(run, control=None):
         height, drawn = draw(top, run)
         top, parts = top + height, parts + drawn
     for line in (line for words in run.words for line in textwrap.wrap(words, 125)):
-        parts, top = parts + [text(60, top, line)], top + 20
-    return tag("svg", "\n".join([tag("title", html.escape(head)), tag("rect", width=1000, height=top, fill="#fff"), *parts]),
-               xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 1000 {top}", width=1000, height=top, font_family=FONTS)
+        parts, top = [*parts, text(60, top, line)], top + 20
+    parts = [tag("title", html.escape(head)), tag("rect", width=1000, height=top, fill="#fff"), *parts]
+    return tag("svg", "\n".join(parts), xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 1000 {top}", width=1000,
+               height=top, font_family=FONTS)
 
 def main(argv=None):
     """The numbers of a run that run.sh made, the picture, and as the last line its path."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run")
-    parser.add_argument("--control", help="the same run with --rm_update none")
-    parser.add_argument("--world", help="its folder; by default that of the prompts of the run")
-    parser.add_argument("--svg", help="by default RUN/report.svg")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--control", type=Path, help="the same run with --rm_update none")
+    parser.add_argument("--world", type=Path, help="its folder; by default that of the prompts of the run")
+    parser.add_argument("--svg", type=Path, help="by default RUN/report.svg")
     args = parser.parse_args(argv)
-    folders = [Path(folder) for folder in (args.run, args.control) if folder]
+    folders = [folder for folder in (args.run, args.control) if folder]
     for folder in folders:
         if not (folder / "metrics.jsonl").is_file():
             parser.error(f"{folder}: no metrics.jsonl, expected --out of save.py")
-    runs = [Logs(folder) for folder in folders]
-    world = args.world or Path(runs[0].config["prompts"]).parent
-    if (folders[0] / "eval" / "scores.jsonl").is_file() and world_task(world):
+    world = args.world or Path(Logs(args.run).config["prompts"]).parent
+    if (args.run / "eval" / "scores.jsonl").is_file() and world_task(world):
         report(world, *folders)
-    file = Path(args.svg or folders[0] / "report.svg")
+    file = args.svg or args.run / "report.svg"
     file.write_text(picture(*(Logs(folder, world_task(world)) for folder in folders)) + "\n", encoding="utf-8")
     print(f"the picture of the run, for a browser: {file}")
 

@@ -31,7 +31,7 @@ def ticks(low, high):
 
 def around(numbers):
     """A range that holds all the numbers, with some air."""
-    low, high = min(numbers), max(numbers)
+    low, high = min(numbers, default=0), max(numbers, default=0)
     air = max(0.08 * (high - low), 0.5)
     return low - air, high + air
 
