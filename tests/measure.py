@@ -156,17 +156,17 @@ def report(data, run, control=None):
     prompts = toy.read_prompts(Path(data, "prompts_test.jsonl"))
     golds = [toy.golds(Path(folder, "policy"), prompts, task=task) for folder in (data, control or data, run)]
     rows = [(f"RM accuracy, {key}", [sets[key] for sets in (before, before, after)]) for key in before]
-    rows += [(f"policy gold, {key}", [(prompts, gold[key].mean(1)) for gold in golds]) for key in golds[0]]
+    rows += [(f"policy gold reward, {key}", [(prompts, gold[key].mean(1)) for gold in golds]) for key in golds[0]]
     lines = [(label, [100 * x.mean().item() for _, x in columns],
               [(columns[1][0], columns[2][1] - columns[1][1])]) for label, columns in rows]
     means = [statistics.mean(line[1][i] for line in lines[:len(before)]) for i in range(3)]
     lines.insert(len(before), ("RM accuracy, mean", means, changes(before, after)))
     than = "frozen RM" if control else "before"
-    print(f"\n{'%':<24}{'before':>8}{f'{than:>11}' * bool(control)}{name:>13}"
+    print(f"\n{'%':<28}{'before':>8}{f'{than:>11}' * bool(control)}{name:>13}"
           f"   {name} minus {than}, 95 % interval over prompts, paired")
     for label, numbers, sets in lines:
         first, middle, last = (f"{x:.2f}" for x in numbers)
-        print(f"{label:<24}{first:>8}{f'{middle:>11}' * bool(control)}{last:>13}   {change_and_interval(sets)}")
+        print(f"{label:<28}{first:>8}{f'{middle:>11}' * bool(control)}{last:>13}   {change_and_interval(sets)}")
     bias = [(row["step"], row["value_bias"]) for row in logs.steps if "value_bias" in row]
     every = -(-len(bias) // 10) or 1
     print(f"\nRM accuracy at steps {', '.join(map(str, accuracy))}:  {trend(list(accuracy.values()))}")

@@ -100,7 +100,8 @@ def build(out, world, seed, heldout=None, there=None):
     copied if its sets are as large."""
     data, few, other = out / f"{world}-{seed}", out / f"few-{seed}", Path(there or out, f"{world}-{seed}")
     if not (data / "world.json").is_file() and there and heldout and heldout == heldout_size(other):
-        shutil.copytree(other, data, dirs_exist_ok=True)
+        shutil.copytree(other, data, ignore=shutil.ignore_patterns("world.json"), dirs_exist_ok=True)
+        shutil.copy(other / "world.json", data)  # last: it marks a complete world
     if not (data / "world.json").is_file():
         if toy.WORLDS[world].task == "binary" and (few / "world.json").is_file():
             shutil.copytree(few / "policy", data / "policy", dirs_exist_ok=True)
