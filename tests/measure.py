@@ -149,10 +149,10 @@ def trend(values):
 
 def report(data, run, control=None):
     """Print what a run of save.py on the world `data` changed, beside the same run with the frozen RM if there is one.
-    RUN/eval is eval.py's of the two reward models."""
+    eval/ of either folder is eval.py's of its reward model."""
     logs, task = Logs(run), world_task(data)
     name, accuracy = logs.name, logs.mean_accuracy()
-    before, after = right_pairs(Path(run, "eval", "scores.jsonl")).values()
+    [before], [after] = (right_pairs(Path(folder, "eval", "scores.jsonl")).values() for folder in (data, run))
     prompts = toy.read_prompts(Path(data, "prompts_test.jsonl"))
     golds = [toy.golds(Path(folder, "policy"), prompts, task=task) for folder in (data, control or data, run)]
     rows = [(f"RM accuracy, {key}", [sets[key] for sets in (before, before, after)]) for key in before]
@@ -177,4 +177,5 @@ def report(data, run, control=None):
           f"{int((learned > 0).sum())} became right and {int((learned < 0).sum())} wrong.")
     print(verdict("The policy's sampled gold", lines[-2][2],
                   "that on the frozen RM" if control else "the first policy's") + ".")
+    print("Intervals are over prompts: another seed trains another reward model and another policy.")
     print(f"In {run}: rm/, policy/, metrics.jsonl, samples.jsonl, eval/ and its table eval.txt")

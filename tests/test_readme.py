@@ -172,14 +172,14 @@ def test_run_sh(folder, tmp_path):
 @pytest.fixture
 def laptop(tmp_path):
     """Popen of `bash run.sh` with a stand-in for Python: `slow` is what it does as save.py on the RM that learns,
-    `control` how many seconds the frozen RM takes."""
-    def start(slow, control=1):
+    `control` as that with the frozen RM."""
+    def start(slow, control="sleep 1"):
         python = tmp_path / "python"
         python.write_text(f"""#!/bin/sh
             echo "$*" >> {tmp_path}/calls
             case "$*" in
-              *--flags*) ;;
-              *"--rm_update none") echo $$ > {tmp_path}/frozen; exec sleep {control} ;;
+              *--flags*) echo --steps 80 ;;
+              *--steps" "80*"--rm_update none") echo $$ > {tmp_path}/frozen; exec {control} ;;
               save.py*) {slow} ;;
               *) echo "$1 says this" ;;
             esac""")
@@ -208,25 +208,27 @@ def test_run_sh_prints_as_it_goes(laptop, tmp_path):
     assert run.wait(20) == 0
     said, times = [line for line, _ in lines], dict(lines)
     assert times["save 2"] - times["save 1"] > 1
-    assert said[1:] == ["save 1", "save 2", "tests/report.py says this", "next, its rivals on the same world: "
+    assert said[1:] == ["save 1", "save 2", "tests/report.py says this", "next, its rivals there: "
                         f"OUT={tmp_path} bash run.sh compare"] and "few-0-frozen.log" in said[0]
 
 @pytest.mark.parametrize("slow, control, code", [
-    ("sleep 0.5; exit 3", 60, 3), ("mkdir -p {}/few-0-save/rm", 0, 0),
-    ("echo '  accuracy on x: 1 %'; mkdir -p {}/few-0-save/rm", 0, 0)])
+    ("sleep 0.5; exit 3", "sleep 60", 3), ("mkdir -p {}/few-0-save/rm", "true", 0),
+    ("echo '  accuracy on x: 1 %'; mkdir -p {}/few-0-save/rm", "true", 0),
+    ("sleep 0.5; mkdir -p {}/few-0-save/rm", "false", 1)])
 def test_run_sh_ends_as_save_py_does(laptop, tmp_path, slow, control, code):
-    """A line that the filter drops, or none at all, is no failure; where save.py fails, the control ends too."""
+    """A line that the filter drops, or none at all, is no failure. Where one of the two runs fails, all does, and the
+    control does not go on alone."""
     run = laptop(slow.format(tmp_path), control)
     assert run.wait(20) == code and gone(tmp_path / "frozen")
     assert ("tests/report.py" in (tmp_path / "calls").read_text()) == (code == 0)
 
 def test_ctrl_c_is_for_save_py_to_answer(laptop, tmp_path):
-    run = laptop('trap \'echo "stopped after step 1"; exit 0\' INT; echo "save 1"; sleep 3 & wait', 60)
+    run = laptop('trap \'echo "stopped after step 1"; exit 0\' INT; echo "save 1"; sleep 3 & wait', "sleep 60")
     while run.stdout.readline() != "save 1\n":
         assert run.poll() is None
     os.killpg(run.pid, signal.SIGINT)
     assert run.stdout.read() == "stopped after step 1\n" and run.wait(20) == 0 and gone(tmp_path / "frozen")
-    assert "eval.py" not in (tmp_path / "calls").read_text()
+    assert "few-0-save/rm" not in (tmp_path / "calls").read_text()
 
 @pytest.mark.parametrize("words, command", [
     ("test -m slow", "-m pytest -q -m slow"),
