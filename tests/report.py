@@ -40,14 +40,18 @@ def group(panel, rows, mu):
     value, half = rows[0]["value"], math.log(mu / (1 - mu))
     left, right = (min(max(panel.at(x)[0], panel.x), panel.x + panel.width) for x in (value - half, value + half))
     parts = [tag("rect", class_="band", x=left, y=panel.y, width=right - left, height=panel.height, fill=YELLOW),
+             tag("path", d=f"M{panel.x} {panel.y + panel.height}h{panel.width}", stroke=GREY),
              tag("path", class_="anchor", d=f"M{panel.at(value)[0]:.1f} {panel.y}v{panel.height}", stroke=INK)]
-    places = [round(panel.at(row["reward"])[0] / 9) for row in rows]
-    for i, (row, place) in enumerate(zip(rows, places)):  # dots that would hide each other are stacked
-        lift = places[:i].count(place) * min(10, (panel.height - 16) / places.count(place))
+    places = []  # (x, level): dots that would hide each other are stacked
+    for x in (panel.at(row["reward"])[0] for row in rows):
+        taken = {level for other, level in places if abs(other - x) < 11}
+        places.append((x, min({*range(len(rows))} - taken)))
+    step = min(10, (panel.height - 16) / (1 + max(level for _, level in places)))
+    for row, (x, level) in zip(rows, places):
         gold, (side, colour) = row.get("gold") == 1, SIDES[row["side"]]
         said = html.escape(f"{row['response']}: R {row['reward']:.2f}, {side}{', gold' * gold}")
-        parts.append(tag("circle", tag("title", said), class_="ring" if gold else "dot", cx=panel.at(row["reward"])[0],
-                         cy=panel.y + panel.height - 8 - lift, r=5, fill=colour, stroke=INK if gold else "#fff",
+        parts.append(tag("circle", tag("title", said), class_="ring" if gold else "dot", cx=x, r=5, fill=colour,
+                         cy=panel.y + panel.height - 8 - level * step, stroke=INK if gold else "#fff",
                          stroke_width=2 if gold else 1))
     return parts
 
@@ -69,7 +73,7 @@ def microscope(top, run):
         parts += [text(panel.x, panel.y - 7, f"step {step}: {textwrap.shorten(prompt, 44, placeholder='...')}" + (
             f", {sum(right)} of {len(right)} labels right" if right else "")), *panel.axis("reward R" if i > 5 else "")]
         parts += group(panel, rows, save.curriculum_threshold(step, run.config["steps"], run.config["m0"]))
-    return 470, parts
+    return 450, parts
 
 def anchor(top, run):
     """V against the group means in the first and the last tenth; what was kept, valid and right in between."""

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 INK, SOFT, GRID = "#1a1a1a", "#5a5a5a", "#e3e3e3"
-BLUE, ORANGE, GREEN, YELLOW, GREY = "#0072b2", "#d55e00", "#009e73", "#f0e442", "#b3b3b3"  # Okabe and Ito's colours
+BLUE, ORANGE, GREEN, YELLOW, GREY = "#0072b2", "#d55e00", "#009e73", "#f8f3ab", "#b3b3b3"  # of Okabe and Ito
 FONTS = "system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif"
 
 def tag(name, inside="", **attributes):

@@ -3,6 +3,7 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import measure
 import pytest
@@ -155,6 +156,11 @@ def test_the_picture_of_what_save_py_writes(world, tmp_path, flags):
                *"--steps 2 --batch 4 --group 4 --value_prompts 4 --max_new_tokens 8 --save_every 0".split(), *flags])
     found, texts = drawn(tmp_path / "out")
     assert ("mean" in found) == ("mean_reward" in flags) and texts[0].endswith(" of 4 prompts x 4 responses")
+
+def test_the_committed_picture_is_small_and_sound():
+    file = Path(__file__).with_name("results") / "laptop.svg"
+    page = file.read_text(encoding="utf-8")
+    assert len(page) < 60_000 and ElementTree.fromstring(page).get("viewBox") and 'class="ring"' in page
 
 def test_prompts_that_come_again_are_followed(tmp_path):
     often = measure.Logs(hand_made(tmp_path / "run", names="a" * 10))
