@@ -54,7 +54,7 @@ class Logs:
         """[(step, mean of a column)] of about 16 blocks of steps, each at its middle, from the rows that have it."""
         every = max(1, math.ceil(self.last / 16))
         means = blocks([(row["step"], scale * row[column]) for row in rows if row["step"] and column in row], every)
-        return [(every * i + (every + 1) / 2, x) for i, x in enumerate(means)]
+        return [(every * block + (every + 1) / 2, x) for block, x in means.items()]
 
     def ends(self):
         """{"1 to 8": [(V, mean reward)] of the groups of the first tenth of the steps, "73 to 80": of the last}."""
@@ -88,11 +88,11 @@ def r2(points):
     return 1 - sum((m - v) ** 2 for v, m in points) / variance if variance else 0.0
 
 def blocks(points, every=10):
-    """[(step, number)] -> the mean of each `every` steps, from step 1 on."""
+    """[(step, number)] -> {0: the mean of the first `every` steps, 1: of the next, ...}, of those that have any."""
     by_block = {}
     for step, x in points:
         by_block.setdefault((step - 1) // every, []).append(float(x))
-    return [statistics.mean(numbers) for _, numbers in sorted(by_block.items())]
+    return {block: statistics.mean(numbers) for block, numbers in sorted(by_block.items())}
 
 def right_pairs(file):
     """scores.jsonl of eval.py -> {reward model: {held-out set: (prompts, (n,) 1 where chosen is ahead)}}."""
@@ -171,7 +171,7 @@ def report(data, run, control=None):
     every = -(-len(bias) // 10) or 1
     print(f"\nRM accuracy at steps {', '.join(map(str, accuracy))}:  {trend(list(accuracy.values()))}")
     if bias:
-        print(f"V minus group mean, {every} steps a block:  {trend(blocks(bias, every))}")
+        print(f"V minus group mean, {every} steps a block:  {trend([*blocks(bias, every).values()])}")
     learned = torch.cat([x for _, x in changes(before, after)])
     print(f"\n{verdict('The reward model', changes(before, after))};\nof {len(learned)} held-out pairs "
           f"{int((learned > 0).sum())} became right and {int((learned < 0).sum())} wrong.")

@@ -7,13 +7,12 @@
 Gold is that of the world (tests/toy.py) in the folder of the run's --prompts, or --world; elsewhere nobody knows it.
 """
 import argparse
-import html
 import math
 import textwrap
 from pathlib import Path
 
 from measure import Logs, r2, report, world_task
-from svg import BLUE, FONTS, GREEN, GREY, INK, ORANGE, SOFT, YELLOW, Panel, around, bold, tag, text
+from svg import BLUE, FONTS, GREEN, GREY, INK, ORANGE, SOFT, YELLOW, Panel, around, bold, clean, tag, text
 
 import save
 
@@ -49,8 +48,8 @@ def group(panel, rows, mu):
     step = min(10, (panel.height - 16) / (1 + max(level for _, level in places)))
     for row, (x, level) in zip(rows, places):
         gold, (side, colour) = row.get("gold") == 1, SIDES[row["side"]]
-        said = html.escape(f"{row['response']}: R {row['reward']:.2f}, {side}{', gold' * gold}")
-        parts.append(tag("circle", tag("title", said), class_="ring" if gold else "dot", cx=x, r=5, fill=colour,
+        said = f"R {row['reward']:.2f}, {side}{', gold' * gold}: {row['response']}"
+        parts.append(tag("circle", tag("title", clean(said)), class_="ring" if gold else "dot", cx=x, r=5, fill=colour,
                          cy=panel.y + panel.height - 8 - level * step, stroke=INK if gold else "#fff",
                          stroke_width=2 if gold else 1))
     return parts
@@ -70,7 +69,7 @@ def microscope(top, run):
     for i, ((step, prompt), rows) in enumerate(groups):
         panel, right = Panel(60 + 480 * (i % 2), top + 86 + 82 * (i // 2), 420, 50, xs), [
             row["right"] for row in rows if "right" in row]
-        parts += [text(panel.x, panel.y - 7, f"step {step}: {textwrap.shorten(prompt, 44, placeholder='...')}" + (
+        parts += [text(panel.x, panel.y - 7, f"step {step}: {' '.join(prompt.split())[:40]}" + (
             f", {sum(right)} of {len(right)} labels right" if right else "")), *panel.axis("reward R" if i > 5 else "")]
         parts += group(panel, rows, save.curriculum_threshold(step, run.config["steps"], run.config["m0"]))
     return 450, parts
@@ -85,7 +84,7 @@ def anchor(top, run):
                   tag("path", d=f"M{x} {top + 240}l210 -210", stroke=SOFT, stroke_dasharray="4 4"),
                   text(x + 8, top + 48, f"R2 {r2(points):.2f}", font_weight="bold")]
         parts += [tag("circle", class_="mean", cx=a, cy=b, r=2.5, fill=BLUE) for a, b in
-                  (panel.at(*point) for point in points)]
+                  (panel.at(*point) for point in points[::1 + len(points) // 200])]
     curves = {"kept": (SOFT, "6 4", run.curve(run.steps, "kept", 100)),
               "valid": (GREEN, "2 3", run.curve(run.steps, "valid", 100)),
               "labels right": (BLUE, "none", run.curve(run.samples, "right", 100))}
@@ -103,7 +102,7 @@ def picture(run, control=None):
         top, parts = top + height, parts + drawn
     for line in (line for words in run.words for line in textwrap.wrap(words, 125)):
         parts, top = [*parts, text(60, top, line)], top + 20
-    parts = [tag("title", html.escape(head)), tag("rect", width=1000, height=top, fill="#fff"), *parts]
+    parts = [tag("title", clean(head)), tag("rect", width=1000, height=top, fill="#fff"), *parts]
     return tag("svg", "\n".join(parts), xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 1000 {top}", width=1000,
                height=top, font_family=FONTS)
 

@@ -1,11 +1,17 @@
 """Just enough SVG for tests/report.py: elements as text, a panel with axes, curves with their names at their ends."""
 import html
 import math
+import re
 from typing import NamedTuple
 
 INK, SOFT, GRID = "#1a1a1a", "#5a5a5a", "#e3e3e3"
 BLUE, ORANGE, GREEN, YELLOW, GREY = "#0072b2", "#d55e00", "#009e73", "#f8f3ab", "#b3b3b3"  # of Okabe and Ito
 FONTS = "system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif"
+
+def clean(words, longest=300):
+    """Text that XML takes: one line, without what models say that no text may hold."""
+    words = re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", words)
+    return html.escape(words if len(words) <= longest else words[:longest - 3] + "...")
 
 def tag(name, inside="", **attributes):
     """An element. In a name _ stands for -, at its end for nothing."""
@@ -15,7 +21,7 @@ def tag(name, inside="", **attributes):
 
 def text(x, y, words, size=13, fill=INK, **attributes):
     """A line of text, its baseline at y."""
-    return tag("text", html.escape(words), x=x, y=y, font_size=size, fill=fill, **attributes)
+    return tag("text", clean(words), x=x, y=y, font_size=size, fill=fill, **attributes)
 
 def bold(x, y, words, size=14):
     """A heading."""

@@ -173,7 +173,7 @@ def read_run(out, task):
               and "spread_after" in row]
     return {"init": accuracy[0], "after": accuracy[max(accuracy)],
             "accuracy": {step: round(x, 3) for step, x in logs.mean_accuracy().items()},
-            "gold_curve": [round(100 * x, 2) for x in measure.blocks(golds)],
+            "gold_curve": [round(100 * x, 2) for x in measure.blocks(golds).values()],
             "end": {**{name: x for name, x in logs.steps[-1].items() if name in END},
                     **({"deflation": math.prod(spread)} if spread else {})}}
 
@@ -193,7 +193,8 @@ def compare_row(data, world, seed, flags):
         call("eval.py", "--rm", rm, "--bench", *sorted(data.glob("heldout_*.jsonl")), "--out", out / "eval")
 
 def outcomes(data, flags, world):
-    """Of a row of `compare`: {"RM accuracy", "gold", "gold, greedy": {set: (prompts, numbers)}}, for `measure.changes`."""
+    """Of a row of `compare`: {"RM accuracy", "gold", "gold, greedy": {set: (prompts, numbers)}}, as `measure.changes`
+    takes it."""
     out = data / "rows" / slug(flags)
     [right] = measure.right_pairs(out / "eval" / "scores.jsonl").values()
     prompts = toy.read_prompts(data / "prompts_test.jsonl")

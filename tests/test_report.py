@@ -60,7 +60,8 @@ def test_trend_lines():
     assert measure.trend([5.0, 5.0]) == "▄▄  5.00 to 5.00"
 
 def test_points_are_means_of_blocks():
-    assert measure.blocks([(step, step) for step in range(1, 26)]) == [5.5, 15.5, 23.0] and measure.blocks([]) == []
+    assert measure.blocks([(step, step) for step in (*range(1, 11), *range(21, 26))]) == {0: 5.5, 2: 23.0}
+    assert measure.blocks([]) == {}
 
 @pytest.mark.parametrize("low, high, want", [
     (0, 80, [0, 20, 40, 60, 80]), (-3.5, 3.5, [-3, -2, -1, 0, 1, 2, 3]), (-0.5, 0.5, [-0.4, -0.2, 0, 0.2, 0.4]),
@@ -118,8 +119,8 @@ def test_the_picture_by_hand(tmp_path):
     copy = found["dot"][0], *found["ring"][:2], found["dot"][1]  # of step 1
     assert [numbers(x, "cx") for x in copy] == [[90], [240], [360], [390]]
     assert [x.get("fill") for x in copy] == [svg.ORANGE, svg.GREY, svg.BLUE, svg.BLUE]
-    assert [x[0].text for x in copy] == ["b a: R -3.00, Y-", "a b: R -0.50, set aside, gold", "a b: R 1.50, Y+, gold",
-                                         "c c: R 2.00, Y+"]
+    assert [x[0].text for x in copy] == ["R -3.00, Y-: b a", "R -0.50, set aside, gold: a b", "R 1.50, Y+, gold: a b",
+                                         "R 2.00, Y+: c c"]
     (x, y), *others = (numbers(x, "cx", "cy") for x in found["ring"][2:5])
     assert x == 540 + 60 * 6.5 and others == [[x, y - 10], [x, y - 20]]  # equal rewards are stacked
     half = 60 * math.log(0.7 / 0.3)
@@ -171,6 +172,15 @@ def test_labels_of_graded_answers_are_right_above_the_mean(tmp_path):
     logs = measure.Logs(hand_made(tmp_path / "run", world="graded", names="a"), "graded")
     assert [row["gold"] for row in logs.samples] == [0, 1, 1, 0, 0, 1, 1, 1]
     assert [row.get("right") for row in logs.samples] == [True, None, True, False, True, True, True, True]
+
+def test_whatever_a_model_says_is_drawn(tmp_path):
+    run = hand_made(tmp_path / "run", world=None)
+    rows = measure.read_rows(run / "samples.jsonl")
+    for row in rows:
+        row.update(response="\0\x0b\ud800<b>&\u4f60\U0001f600" + "x" * 5000, prompt=[{"content": "\x1b" + "y" * 5000}])
+    toy.write_rows(run / "samples.jsonl", rows)
+    found, texts = drawn(run)
+    assert found["dot"][0][0].text.startswith("R -3.00, Y-: <b>&\u4f60\U0001f600xxx") and f"step 1: {'y' * 39}" in texts
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
