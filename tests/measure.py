@@ -147,35 +147,30 @@ def trend(values):
     marks = "".join("▁▂▃▄▅▆▇█"[round(7 * (x - low) / (high - low)) if high > low else 3] for x in values)
     return f"{marks}  {values[0]:.2f} to {values[-1]:.2f}"
 
-def report(data, run, control=None):
-    """Print what a run of save.py on the world `data` changed, beside the same run with the frozen RM if there is one.
-    eval/ of either folder is eval.py's of its reward model."""
-    logs, task = Logs(run), world_task(data)
-    name, accuracy = logs.name, logs.mean_accuracy()
+def report(data, run, control):
+    """Print what a run of save.py on the world `data` changed, beside the same run with the frozen RM, `control`. eval/
+    of `data` and `run` is eval.py's of their reward models."""
+    logs, task, prompts = Logs(run), world_task(data), toy.read_prompts(Path(data, "prompts_test.jsonl"))
     [before], [after] = (right_pairs(Path(folder, "eval", "scores.jsonl")).values() for folder in (data, run))
-    prompts = toy.read_prompts(Path(data, "prompts_test.jsonl"))
-    golds = [toy.golds(Path(folder, "policy"), prompts, task=task) for folder in (data, control or data, run)]
+    golds = [toy.golds(Path(folder, "policy"), prompts, task=task) for folder in (data, control, run)]
     rows = [(f"RM accuracy, {key}", [sets[key] for sets in (before, before, after)]) for key in before]
     rows += [(f"policy gold reward, {key}", [(prompts, gold[key].mean(1)) for gold in golds]) for key in golds[0]]
-    lines = [(label, [100 * x.mean().item() for _, x in columns],
-              [(columns[1][0], columns[2][1] - columns[1][1])]) for label, columns in rows]
+    lines = [(label, [100 * x.mean().item() for _, x in columns], [(columns[1][0], columns[2][1] - columns[1][1])])
+             for label, columns in rows]
     means = [statistics.mean(line[1][i] for line in lines[:len(before)]) for i in range(3)]
     lines.insert(len(before), ("RM accuracy, mean", means, changes(before, after)))
-    than = "frozen RM" if control else "before"
-    print(f"\n{'%':<28}{'before':>8}{f'{than:>11}' * bool(control)}{name:>13}"
-          f"   {name} minus {than}, 95 % interval over prompts, paired")
-    for label, numbers, sets in lines:
-        first, middle, last = (f"{x:.2f}" for x in numbers)
-        print(f"{label:<28}{first:>8}{f'{middle:>11}' * bool(control)}{last:>13}   {change_and_interval(sets)}")
+    print(f"\n{'%':<28}{'before':>8}{'frozen RM':>11}{logs.name:>13}   minus frozen RM, 95 % interval, paired")
+    for label, (first, frozen, last), sets in lines:
+        print(f"{label:<28}{first:>8.2f}{frozen:>11.2f}{last:>13.2f}   {change_and_interval(sets)}")
+    accuracy = logs.mean_accuracy()
     bias = [(row["step"], row["value_bias"]) for row in logs.steps if "value_bias" in row]
-    every = -(-len(bias) // 10) or 1
     print(f"\nRM accuracy at steps {', '.join(map(str, accuracy))}:  {trend(list(accuracy.values()))}")
     if bias:
+        every = math.ceil(len(bias) / 10)
         print(f"V minus group mean, {every} steps a block:  {trend([*blocks(bias, every).values()])}")
     learned = torch.cat([x for _, x in changes(before, after)])
     print(f"\n{verdict('The reward model', changes(before, after))};\nof {len(learned)} held-out pairs "
           f"{int((learned > 0).sum())} became right and {int((learned < 0).sum())} wrong.")
-    print(verdict("The policy's sampled gold", lines[-2][2],
-                  "that on the frozen RM" if control else "the first policy's") + ".")
-    print("Intervals are over prompts: another seed trains another reward model and another policy.")
-    print(f"In {run}: rm/, policy/, metrics.jsonl, samples.jsonl, eval/ and its table eval.txt")
+    print(verdict("The policy's sampled gold", lines[-2][2], "that on the frozen RM") + ".\n"
+          "Intervals are over prompts: another seed trains another reward model and another policy.\n"
+          f"In {run}: rm/, policy/, metrics.jsonl, samples.jsonl, eval/ and its table eval.txt")

@@ -119,7 +119,8 @@ def main(argv=None):
         if not (folder / "metrics.jsonl").is_file():
             parser.error(f"{folder}: no metrics.jsonl, expected --out of save.py")
     world = args.world or Path(Logs(args.run).config["prompts"]).parent
-    if world_task(world) and all((folder / "eval" / "scores.jsonl").is_file() for folder in (args.run, world)):
+    evaluated = all((folder / "eval" / "scores.jsonl").is_file() for folder in (args.run, world))
+    if args.control and evaluated and world_task(world):
         report(world, *folders)
     file = args.svg or args.run / "report.svg"
     file.write_text(picture(*(Logs(folder, world_task(world)) for folder in folders)) + "\n", encoding="utf-8")
