@@ -30,7 +30,7 @@ def learned(top, run, control):
     for x, title, found in zip((60, 560), titles, curves):
         if found:
             ys = around([y for *_, points in found.values() for _, y in points])
-            panel = Panel(x, top + 30, 300, 170, (0, run.last), ys)
+            panel = Panel(x, top + 30, 300, 170, (0, run.last or 1), ys)
             parts += panel.axes(title, "step") + panel.curves(found)
     return 270 if parts else 0, parts
 

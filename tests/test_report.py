@@ -143,6 +143,8 @@ def test_the_picture_does_with_what_there_is(tmp_path):
     (run / "samples.jsonl").unlink()
     found, texts = drawn(run)
     assert "dot" not in found and "RM accuracy on held-out pairs, %" in texts and "And more." in texts
+    toy.write_rows(run / "metrics.jsonl", measure.read_rows(run / "metrics.jsonl")[:3])  # stopped before its first step
+    assert "SAVE 65.0" in drawn(run)[1]
 
 @pytest.mark.parametrize("flags", [["--rm_update", "mean_reward", "--m0", "0"], ["--rm_update", "none"],
                                    ["--stage", "value"], ["--stage", "preference"]])
