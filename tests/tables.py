@@ -35,6 +35,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import measure
 import torch
 import toy
 import transformers
@@ -52,6 +53,7 @@ import purity  # noqa: E402
 import r2m  # noqa: E402
 import reinforce_pp  # noqa: E402
 
+import eval as evaluation  # noqa: E402
 import save  # noqa: E402
 
 SEEDS = [110, 111, 112, 113, 114, 115]
@@ -107,10 +109,9 @@ TABLES = {  # {table: {world: {row: flags}}}
         "frozen RM", "SAVE", "SAVE w/o curriculum", "SAVE, policy frozen", "HL-BT", "Mean Reward")}},
     "purity": {world: {} for world in ("few", "habits", "graded")},  # not of runs
 }
-MAINS = {"save.py": save.main, "tests/toy.py": toy.main, **{f"tests/forks/{fork.__name__}.py": fork.main for fork in (
-    best, kept, offline, prime, r2m, reinforce_pp)}}
+MAINS = {"save.py": save.main, "eval.py": evaluation.main, "tests/toy.py": toy.main, **{
+    f"tests/forks/{fork.__name__}.py": fork.main for fork in (best, kept, offline, prime, r2m, reinforce_pp)}}
 END = ("reward_spread", "value_bias", "kept", "valid", "kl")  # of metrics.jsonl, kept with a run
-BLOCK = 10  # steps that a point of the gold curve is the mean of
 
 def call(script, *words):
     """main() of one of our scripts in this process; its output goes to the file that error messages name."""
@@ -123,15 +124,20 @@ def call(script, *words):
 
 SHARED = {"binary": "few", "habits": "habits"}  # task: the world whose policy and pairs others take
 
-def build(out, world, seed, heldout=()):
+def build(out, world, seed, heldout=None, there=None):
     """The folder of a world with a value head, DIR/value/rm. What SHARED has of the same seed is taken from there.
-    heldout: how many pairs a held-out set of a world that is built has, as words for toy.py."""
-    data = out / f"{world}-{seed}"
+    heldout: how many pairs a held-out set of a world that is built has. there: a folder in which that of run.sh is
+    copied if its sets are as large."""
+    data, other = out / f"{world}-{seed}", Path(there or out, f"{world}-{seed}")
+    if not (data / "world.json").is_file() and there and heldout and heldout == heldout_size(other):
+        shutil.copytree(other, data, ignore=shutil.ignore_patterns("world.json"), dirs_exist_ok=True)
+        shutil.copy(other / "world.json", data)  # last: it marks a complete world
     if not (data / "world.json").is_file():
         first = out / f"{SHARED.get(toy.WORLDS[world].task, world)}-{seed}"
         if first != data and (first / "world.json").is_file():
             take(first, data, world)
-        call("tests/toy.py", "--out", data, "--world", world, "--seed", seed, "--jobs", 1, *heldout)
+        many = ["--heldout", heldout] * bool(heldout)
+        call("tests/toy.py", "--out", data, "--world", world, "--seed", seed, "--jobs", 1, *many)
     if not (data / "value" / "rm" / "value_head.safetensors").is_file():
         shutil.rmtree(data / "value", ignore_errors=True)
         call("save.py", "--stage", "value", "--rm", data / "rm", *common(data, world, seed), "--out", data / "value")
@@ -148,6 +154,11 @@ def take(first, data, world):
     if ours.pairs and (ours.pairs, ours.steps) == (theirs.pairs, theirs.steps):
         shutil.copy(first / "pairs.jsonl", data)
         toy.write_scaled(data / "rm", first / "rm", ours.head / theirs.head, toy.rm_tokenizer(ours.task))
+
+def heldout_size(data):
+    """Pairs of the largest held-out set of a world, none if it is not there: a set may be short of what was asked."""
+    sizes = json.loads((data / "world.json").read_text()).get("sizes", {}) if (data / "world.json").is_file() else {}
+    return max((size for name, size in sizes.items() if name != "pairs"), default=None)
 
 def common(data, world, seed):
     """The flags of save.py on a world."""
@@ -172,14 +183,22 @@ def run_row(data, world, seed, flags):
     anchors = constant_anchor if "constant" in flags else save.anchor
     with mock.patch.object(save, "label", labels), mock.patch.object(save, "anchor", anchors):
         call(script, "--stage", "save", "--rm", data / "value" / "rm", "--pairs", data / "pairs.jsonl", "--heldout",
-             *sorted(data.glob("heldout_*.jsonl")), "--out", out, "--resume", "--eval_every", 20,
+             *sorted(data.glob("heldout_*.jsonl")), "--out", out, "--resume", "--eval_every",
+             0 if flags == FROZEN["frozen RM"] else 20,  # nobody tests a frozen RM twice
              *common(data, world, seed), *words)
-    policy = out / "policy" if (out / "policy").is_dir() else data / "policy"
-    gold = toy.gold_reward(policy, toy.read_prompts(data / "prompts_test.jsonl"), task=task)
-    result = read_run(out, task) | {"half": script == BEST, "gold": {name: 100 * x for name, x in gold.items()}}
-    value = json.loads((data / "value" / "metrics.jsonl").read_text().splitlines()[-1])
+    gold = {name: 100 * statistics.mean(golds) for name, golds in policy_golds(data, out, task).items()}
+    result = read_run(out, task) | {"half": script == BEST, "gold": gold}
+    value = [row for row in measure.read_rows(data / "value" / "metrics.jsonl") if "step" in row][-1]
     result["value"] = {"value_r2": value["value_r2"], **result["value"]} if "value_r2" in value else result["value"]
     (out / "result.json").write_text(json.dumps(result))
+
+def policy_golds(data, out, task):
+    """{"sampled", "greedy": the mean gold of each test prompt} of a row's policy, kept in golds.json."""
+    file, policy = out / "golds.json", out / "policy" if (out / "policy").is_dir() else data / "policy"
+    if not file.is_file():
+        golds = toy.golds(policy, toy.read_prompts(data / "prompts_test.jsonl"), task=task)
+        file.write_text(json.dumps({name: x.mean(1).tolist() for name, x in golds.items()}))
+    return json.loads(file.read_text())
 
 def perfect_label(task, run, batch):
     """(P,G) for save.label: inf for responses whose gold is at least their group's mean, -inf for the others."""
@@ -193,55 +212,71 @@ def constant_anchor(run, batch):
 
 def read_run(out, task):
     """The logs of a run -> {"init", "after": accuracy by held-out set, in percent; "accuracy": {step: their mean};
-    "gold_curve": mean gold of the responses of each BLOCK steps; "kept_curve": the share that the filter kept;
-    "end": numbers of the last step, and deflation, the product of all changes of the spread by updates of the RM;
-    "value": what the first step says of the RM}."""
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    accuracy = {row["step"]: {key.removeprefix("accuracy_heldout_"): x for key, x in row.items()
-                              if key.startswith("accuracy_")} for row in records if "step" in row}
-    accuracy = {step: row for step, row in accuracy.items() if row}
-    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()] \
-        if (out / "samples.jsonl").is_file() else []
-    golds = [(row["step"], toy.gold(row["prompt"][-1]["content"], row["response"], task)) for row in samples]
-    spread = [row["spread_after"] / row["reward_spread"] for row in records if row.get("reward_spread", 0)
+    "gold_curve": mean gold of the responses of each 10 steps; "kept_curve": the share that the filter kept; "end":
+    numbers of the last step, and deflation, the product of all changes of the spread by updates of the RM; "value":
+    what the first step says of the RM}."""
+    logs = measure.Logs(out, task)
+    accuracy, golds = logs.accuracy(), [(row["step"], row["gold"]) for row in logs.samples]
+    kept_shares = [(row["step"], row["kept"]) for row in logs.steps if "kept" in row]
+    spread = [row["spread_after"] / row["reward_spread"] for row in logs.steps if row.get("reward_spread", 0)
               and "spread_after" in row]
     return {"init": accuracy[0], "after": accuracy[max(accuracy)],
-            "accuracy": {step: round(statistics.mean(row.values()), 3) for step, row in accuracy.items()},
-            "gold_curve": [round(100 * x, 2) for x in blocks(golds)],
-            "kept_curve": [round(x, 4) for x in blocks((row["step"], row["kept"]) for row in records if "kept" in row)],
-            "value": {"reward_spread": next((row["reward_spread"] for row in records if "reward_spread" in row), 0)},
-            "end": {**{name: x for name, x in records[-1].items() if name in END},
+            "accuracy": {step: round(x, 3) for step, x in logs.mean_accuracy().items()},
+            "gold_curve": [round(100 * x, 2) for x in measure.blocks(golds).values()],
+            "kept_curve": [round(x, 4) for x in measure.blocks(kept_shares).values()],
+            "value": {"reward_spread": next((row["reward_spread"] for row in logs.steps if "reward_spread" in row), 0)},
+            "end": {**{name: x for name, x in logs.steps[-1].items() if name in END},
                     **({"deflation": math.prod(spread)} if spread else {})}}
 
-def blocks(points):
-    """[(step, number)] -> the mean of each BLOCK steps."""
-    by_block = {}
-    for step, x in points:
-        by_block.setdefault((step - 1) // BLOCK, []).append(float(x))
-    return [statistics.mean(numbers) for _, numbers in sorted(by_block.items())]
-
-def one_seed(out, world, seed, rows, extra, heldout=()):
-    """All rows of a world and seed, one after the other, in a process of its own; without rows its purity."""
+def start(extra):
+    """Set up a process that builds worlds and runs rows; extra: flags of save.py."""
     torch.set_num_threads(1)  # models this small are slower on two
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     EXTRA[:] = extra
-    data = build(out, world, seed, heldout)
-    for flags in rows.values():
-        run_row(data, world, seed, flags)
-    if not rows:
-        purity.measure(data, world, seed)
+
+def compare_row(data, world, seed, flags):
+    """A row, and each held-out pair and each prompt of it for `paired`."""
+    run_row(data, world, seed, flags)
+    out = data / "rows" / slug(flags)
+    if not (out / "eval" / "results.json").is_file():
+        rm = out / "rm" if (out / "rm").is_dir() else data / "rm"
+        call("eval.py", "--rm", rm, "--bench", *sorted(data.glob("heldout_*.jsonl")), "--out", out / "eval")
+
+def outcomes(data, flags, world):
+    """Of a row of `compare`: {"RM accuracy", "gold", "gold, greedy": {set: (prompts, numbers)}}, as `measure.changes`
+    takes it."""
+    out = data / "rows" / slug(flags)
+    [right] = measure.right_pairs(out / "eval" / "scores.jsonl").values()
+    prompts = toy.read_prompts(data / "prompts_test.jsonl")
+    sampled, greedy = (torch.tensor(golds).double() for golds in policy_golds(
+        data, out, toy.WORLDS[world].task).values())
+    found = {"RM accuracy": right, "gold": {"": (prompts, sampled)}, "gold, greedy": {"": (prompts, greedy)}}
+    return {what: {name: ([f"{data} {prompt}" for prompt in prompts], numbers)  # no prompts of another seed
+                   for name, (prompts, numbers) in sets.items()} for what, sets in found.items()}
+
+def paired(out, world, seeds, rows):
+    """Markdown lines: rows minus the frozen RM on the same worlds, with the intervals of `measure.interval`."""
+    lines = []
+    for name, flags in rows.items():
+        sets = {"RM accuracy": [], "gold": [], "gold, greedy": []}
+        for data in (out / f"{world}-{seed}" for seed in seeds):
+            frozen, row = outcomes(data, FROZEN["frozen RM"], world), outcomes(data, flags, world)
+            for what, changes in sets.items():
+                changes += measure.changes(frozen[what], row[what])
+        lines.append(f"| {name} | {' | '.join(map(measure.change_and_interval, sets.values()))} |")
+    head = f"| {world}: minus the frozen RM, 95 % interval over prompts | {' | '.join(sets)} |"
+    return ["", head, "|---" * 4 + "|", *lines]
 
 def collect(out):
     """Every run under `out`: {world: {row: {seed: result}}}, in the order of TABLES."""
     runs = {}
     for world, rows in (item for table in TABLES.values() for item in table.items()):
         for name, flags in rows.items():
-            for data in sorted(out.glob(f"{world}-*"), key=lambda path: int(path.name.rsplit("-", 1)[1])):
-                file = data / "rows" / slug(flags) / "result.json"
-                if file.is_file():
-                    seed = int(data.name.rsplit("-", 1)[1])
-                    runs.setdefault(world, {}).setdefault(name, {})[seed] = json.loads(file.read_text())
+            files = {int(file.parts[-4].rsplit("-", 1)[1]): file
+                     for file in out.glob(f"{world}-*/rows/{slug(flags)}/result.json")}
+            for seed, file in sorted(files.items()):
+                runs.setdefault(world, {}).setdefault(name, {})[seed] = json.loads(file.read_text())
     return runs
 
 def read_results(file):
@@ -340,7 +375,7 @@ def write(out):
     return runs
 
 def main(argv=None):
-    """Every world and seed of a table in parallel, then all results so far."""
+    """Every world of a table in parallel, then every row of them, then all results so far."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--out", default="runs/map")
@@ -348,35 +383,49 @@ def main(argv=None):
     parser.add_argument("--rows", nargs="+", help="by name; frozen RM, SAVE, ...")
     parser.add_argument("--seeds", nargs="+", type=int, help="six: 110 to 115, those of the later tables 300 to 305")
     parser.add_argument("--heldout", type=int, help="pairs of a held-out set of the worlds that are built")
+    parser.add_argument("--there", help="a folder whose worlds are copied instead of built, if their sets are as large")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args, extra = parser.parse_known_args(argv)  # the rest goes to save.py
-    known = dict.fromkeys(name for rows in TABLES[args.table].values() for name in rows)
+    rows_of, work = TABLES[args.table], run_row
+    if args.table == "compare":  # the same rows on any world
+        rows_of, work = dict.fromkeys(args.worlds or rows_of, rows_of["few"]), compare_row
+    known = dict.fromkeys(name for rows in rows_of.values() for name in rows)
     unknown = [name for name in args.rows or () if name not in known]
     if unknown:
         parser.error(f"--rows {' '.join(unknown)}: expected rows of {args.table}: {', '.join(known)}")
-    if not set(args.worlds or ()) <= TABLES[args.table].keys():
-        parser.error(f"--worlds {' '.join(args.worlds)}: expected worlds of {args.table}: "
-                     f"{' '.join(TABLES[args.table])}")
+    if not set(args.worlds or ()) <= rows_of.keys():
+        parser.error(f"--worlds {' '.join(args.worlds)}: expected worlds of {args.table}: {' '.join(rows_of)}")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of short texts cost more than they bring
-    heldout = ["--heldout", args.heldout] if args.heldout else []
-    out, worlds = Path(args.out), args.worlds or TABLES[args.table]
-    todo = [(world, seed) for world in worlds for seed in args.seeds or LATER.get(args.table, SEEDS)]
-    with tqdm(total=len(todo), desc=args.table, unit="world") as bar, \
-            concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = []
-        for world, seed in todo:
-            rows = {name: flags for name, flags in TABLES[args.table][world].items()
-                    if not args.rows or name in args.rows}
-            futures.append(pool.submit(one_seed, out, world, seed, rows, extra, heldout))
-        for future in concurrent.futures.as_completed(futures):
-            if future.exception():
-                pool.shutdown(cancel_futures=True)  # what is done is kept for the next call
-            future.result()
-            bar.update()
-    if args.table == "purity":
-        return print("\n".join(purity.write(out)))
+    seeds = args.seeds or LATER.get(args.table, SEEDS)
+    out, worlds = Path(args.out), [(world, seed) for world in args.worlds or rows_of for seed in seeds]
+    todo = [(world, seed, name, flags) for world, seed in worlds for name, flags in rows_of[world].items()
+            if name in (args.rows or known) or work is compare_row and name == "frozen RM"]
+    with tqdm(total=len(worlds) + len(todo), desc=args.table, unit="run") as bar, concurrent.futures.\
+            ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), start, (extra,)) as pool:
+        def wait(futures):
+            """{future: what it does}, until all are done."""
+            for future in concurrent.futures.as_completed(futures):
+                if future.exception():
+                    pool.shutdown(cancel_futures=True)  # what is done is kept for the next call
+                future.result()
+                tqdm.write(futures[future])
+                bar.update()
+
+        wait({pool.submit(build, out, world, seed, args.heldout, args.there): f"{world}, seed {seed}: the world"
+              for world, seed in worlds})
+        for later in (False, True):  # what trains on another row's RM waits for it
+            wait({pool.submit(work, out / f"{world}-{seed}", world, seed, flags): f"{world}, seed {seed}: {name}"
+                  for world, seed, name, flags in todo if ("{save}" in flags) == later})
+        if args.table == "purity":
+            wait({pool.submit(purity.measure, out / f"{world}-{seed}", world, seed): f"{world}, seed {seed}: its labels"
+                  for world, seed in worlds})
+            return print("\n".join(purity.write(out)))
     runs = write(out)
-    print("\n".join(line for world in worlds for line in table(runs[world], world, TABLES[args.table][world])))
+    for world in dict.fromkeys(world for world, _ in worlds):
+        print("\n".join(table(runs[world], world, rows_of[world])))
+        if args.table == "compare":
+            rows = {name: flags for name, flags in rows_of[world].items() if name in (args.rows or known)}
+            print("\n".join(paired(out, world, seeds, rows)))
 
 if __name__ == "__main__":
     main()

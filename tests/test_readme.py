@@ -1,12 +1,15 @@
 """Every command and every snippet of README.md runs, on untrained tiny models and for a step or two."""
+import contextlib
 import json
 import os
 import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -153,24 +156,90 @@ def test_run_sh(folder, tmp_path):
 
     done = run("--steps", "3")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^RM accuracy, mean +\d+\.\d\d +\d+\.\d\d", done.stdout, re.M)
-    assert re.search(r"gold reward, greedy +\d", done.stdout) and "The reward model " in done.stdout
+    for what in ("RM accuracy, mean", "policy gold reward, sampled", "policy gold reward, greedy"):
+        assert re.search(rf"^{what} +\d+\.\d\d +\d+\.\d\d +\d+\.\d\d +[+-]\d", done.stdout, re.M), done.stdout
+    mean = re.search(r"^RM accuracy, mean +(\S+) +(\S+)", done.stdout, re.M)
+    assert mean[1] == mean[2] and "The reward model " in done.stdout  # before, and frozen
+    picture, following = done.stdout.splitlines()[-2:]
+    assert picture.endswith(f"{old}-2/report.svg") and following.endswith(f"OUT={tmp_path} bash run.sh compare")
+    assert max(record.get("step", 0) for record in read(tmp_path / "few-0-frozen-2/metrics.jsonl")) == 3
     assert f"{old} is an earlier result and stays: this one goes to {old}-2" in done.stdout
     assert [path.name for path in old.iterdir()] == ["mine.txt"]
     assert (tmp_path / "few-0-save-2/rm/value_head.safetensors").is_file()
     assert max(record.get("step", 0) for record in read(tmp_path / "few-0-save-2/metrics.jsonl")) == 3
     assert (done.stdout + done.stderr).count("\n") <= 80
 
+@pytest.fixture
+def laptop(tmp_path):
+    """Popen of `bash run.sh` with a stand-in for Python: `slow` is what it does as save.py on the RM that learns,
+    `control` as that with the frozen RM."""
+    def start(slow, control="sleep 1"):
+        python = tmp_path / "python"
+        python.write_text(f"""#!/bin/sh
+            echo "$*" >> {tmp_path}/calls
+            case "$*" in
+              *--flags*) echo --steps 80 ;;
+              *--steps" "80*"--rm_update none") echo $$ > {tmp_path}/frozen; exec {control} ;;
+              save.py*) {slow} ;;
+              *) echo "$1 says this" ;;
+            esac""")
+        python.chmod(0o755)
+        (tmp_path / "few-0").mkdir()
+        (tmp_path / "few-0" / "world.json").write_text("{}")
+        return subprocess.Popen(["bash", str(ROOT / "run.sh")], env=os.environ | {"PYTHON": str(python), "OUT": str(
+            tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return start
+
+def gone(file):
+    """Has the process whose id the file holds ended within five seconds?"""
+    with contextlib.suppress(ProcessLookupError):
+        for _ in range(50):
+            os.kill(int(file.read_text()), 0)
+            time.sleep(0.1)
+        return False
+    return True
+
+def test_run_sh_prints_as_it_goes(laptop, tmp_path):
+    """Not when a buffer of the filter is full; accuracies stay out, report and next command come last."""
+    run = laptop('echo "save 1"; echo "  accuracy on x: 1 %"; sleep 1.5; echo "save 2"; '
+                 f"mkdir -p {tmp_path}/few-0-save/rm")
+    lines = [(line.strip(), time.monotonic()) for line in run.stdout]
+    assert run.wait(20) == 0
+    said, times = [line for line, _ in lines], dict(lines)
+    assert times["save 2"] - times["save 1"] > 1
+    assert said[1:] == ["save 1", "save 2", "tests/report.py says this", "next, its rivals there: "
+                        f"OUT={tmp_path} bash run.sh compare"] and "few-0-frozen.log" in said[0]
+
+@pytest.mark.parametrize("slow, control, code", [
+    ("sleep 0.5; exit 3", "sleep 60", 3), ("mkdir -p {}/few-0-save/rm", "true", 0),
+    ("echo '  accuracy on x: 1 %'; mkdir -p {}/few-0-save/rm", "true", 0),
+    ("sleep 0.5; mkdir -p {}/few-0-save/rm", "false", 1)])
+def test_run_sh_ends_as_save_py_does(laptop, tmp_path, slow, control, code):
+    """A line that the filter drops, or none at all, is no failure. Where one of the two runs fails, all does, and the
+    control does not go on alone."""
+    run = laptop(slow.format(tmp_path), control)
+    assert run.wait(20) == code and gone(tmp_path / "frozen")
+    assert ("tests/report.py" in (tmp_path / "calls").read_text()) == (code == 0)
+
+def test_ctrl_c_is_for_save_py_to_answer(laptop, tmp_path):
+    run = laptop('trap \'echo "stopped after step 1"; exit 0\' INT; echo "save 1"; sleep 3 & wait', "sleep 60")
+    while run.stdout.readline() != "save 1\n":
+        assert run.poll() is None
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.stdout.read() == "stopped after step 1\n" and run.wait(20) == 0 and gone(tmp_path / "frozen")
+    assert "few-0-save/rm" not in (tmp_path / "calls").read_text()
+
 @pytest.mark.parametrize("words, command", [
     ("test -m slow", "-m pytest -q -m slow"),
     ("paper --algo rloo", "-m torch.distributed.run --standalone --nproc-per-node 4 save.py --out OUT --seed 3 "
                           "--algo rloo"),
     ("tables labels --jobs 2", "tests/tables.py --out OUT labels --jobs 2"),
-    ("compare --jobs 1", "tests/tables.py compare --seeds 3 --heldout 3000 --out OUT --jobs 1"),
-    ("figures", "tests/figures.py --out OUT"),
+    ("compare --jobs 1", "tests/tables.py compare --worlds habits --seeds 3 --heldout 3000 --out OUT --there OUT "
+                         "--jobs 1"),
 ])
 def test_what_run_sh_starts(words, command):
-    env = os.environ | {"PYTHON": "echo", "OUT": "OUT", "SEED": "3"}
+    env = os.environ | {"PYTHON": "echo", "OUT": "OUT", "SEED": "3", "WORLD": "habits"}
     run = ["bash", str(ROOT / "run.sh")]
     done = subprocess.run([*run, *words.split()], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == command + "\n"
@@ -183,34 +252,3 @@ def test_flags_of_the_laptop_run_are_flags_of_save(capsys):
     assert (cfg.steps, cfg.batch, cfg.group, cfg.lr_rm) == (80, 16, 8, 1e-5)
     toy.main(["--flags", "--world", "graded"])
     assert save.parse_config(capsys.readouterr().out.split()).lr_rm == 3e-5
-
-def scores(before, after):
-    """scores.jsonl of two reward models: each letter a pair, + right and - wrong; sets are split at spaces."""
-    return [{"rm": rm, "bench": f"heldout_{name}.jsonl", "score_chosen": {"+": 1, "-": -1, "0": 0}[mark],
-             "score_rejected": 0} for rm, sets in (("a", before), ("b", after))
-            for name, marks in zip("xy", sets.split()) for mark in marks]
-
-@pytest.mark.parametrize("before, after, what", [
-    ("--------++ " + "-" * 100, "++++++++++ " + "-" * 50 + "+" * 50, "got better: +65.00"),
-    ("++++++++++ ++++", "---------- ++++", "got worse: -50.00"),
-    ("+-+-+-+-+- ++00", "-++-+-+-+- ++00", "did not clearly change: +0.00"),
-])
-def test_the_sentence_follows_the_interval_of_the_mean(tmp_path, capsys, before, after, what):
-    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores(before, after)))
-    changes = toy.print_accuracies(tmp_path / "scores.jsonl")
-    assert toy.verdict(changes).startswith("The reward model " + what)
-    means = [sum(100 * part.count("+") / len(part) for part in sets.split()) / 2 for sets in (before, after)]
-    line = re.search(r"^RM accuracy, mean +(\S+) +(\S+)", capsys.readouterr().out, re.M)
-    assert [float(x) for x in line.groups()] == pytest.approx(means, abs=0.005)
-
-def test_the_interval_is_that_of_the_normal_approximation():
-    """Two sets of 400 and 900 pairs: the variance of the mean of means is a quarter of the sum of theirs."""
-    changes = [torch.tensor([1.0, 0, 0, -1] * 100).double(), torch.tensor([1.0, 0, 0] * 300).double()]
-    error = (sum(x.var(correction=0) / len(x) for x in changes) / 4).sqrt().item()
-    middle = (0 + 1 / 3) / 2
-    low, high = toy.interval(changes, 4000)
-    assert low == pytest.approx(100 * (middle - 1.96 * error), abs=0.25)
-    assert high == pytest.approx(100 * (middle + 1.96 * error), abs=0.25)
-
-def test_trend_lines():
-    assert toy.trend([1.0, 2.0, 3.0, 8.0]) == "▁▂▃█  1.00 to 8.00" and toy.trend([5.0, 5.0]) == "▄▄  5.00 to 5.00"

@@ -4,7 +4,6 @@ import contextlib
 import statistics
 from pathlib import Path
 
-import figures
 import purity
 import pytest
 import tables
@@ -33,14 +32,16 @@ def quick(monkeypatch):
         return (out / "world.json").write_text("{}")
     monkeypatch.setattr(tables, "call", call)
     monkeypatch.setattr(tables.concurrent.futures, "ProcessPoolExecutor", OneAfterTheOther)
-    monkeypatch.setattr(toy, "gold_reward", lambda policy, prompts, task: {"sampled": 0.5, "greedy": 0.25})
+    monkeypatch.setattr(toy, "golds", lambda policy, prompts, task: {
+        name: torch.full((len(prompts), n), x).double() for name, n, x in (("sampled", 4, 0.5), ("greedy", 1, 0.25))})
     return calls
 
 class OneAfterTheOther(contextlib.nullcontext):
     """In this process, where the patches are."""
 
-    def __init__(self, *_):
+    def __init__(self, jobs, context, start, inputs):
         super().__init__()
+        start(*inputs)
 
     def __enter__(self):
         return self
@@ -225,14 +226,6 @@ def test_a_table_by_hand():
     assert prime == ours.replace("SAVE", "PRIME")
     assert frozen == "| frozen RM | +0.00 ±0.00 | 0 of 2 | 20.00 ±10.00 |  | 1.00 ±0.00 | 0.50 | 1 to 2 |"
 
-def test_the_figure_from_a_results_file(tmp_path):
-    pytest.importorskip("matplotlib", reason="figures need matplotlib, which requirements.txt leaves out")
-    figures.main(["--results", str(PAGE / "results.jsonl"), "--out", str(tmp_path)])
-    assert (tmp_path / "laptop.png").stat().st_size > 10_000
-
-def test_points_are_means_of_blocks():
-    assert tables.blocks([(step, step) for step in range(1, 26)]) == [5.5, 15.5, 23.0] and tables.blocks([]) == []
-
 def test_the_committed_results_and_their_page_say_the_same():
     """Every table of tests/results/README.md is the one of results.jsonl, and the gains are worked out here again."""
     page = (PAGE / "README.md").read_text(encoding="utf-8")
@@ -309,3 +302,26 @@ def test_a_world_whose_building_was_killed_is_built_again(tmp_path, monkeypatch)
 def test_worlds_are_built_with_as_many_heldout_pairs_as_asked(tmp_path, quick):
     run(tmp_path, "compare", "--seeds", 10, "--rows", "frozen RM", "--heldout", 3000)
     assert [call[-2:] for call in quick if call[0] == "tests/toy.py"] == [["--heldout", "3000"]]
+
+def test_compare_takes_a_world_that_is_there(tmp_path, quick, capsys):
+    """One of the same seed with sets as large; its own rows are not its business. It says what is done, and in the end
+    what each row changed, paired: tiny worlds' gold is the same everywhere."""
+    there = tmp_path / "laptop" / "few-10"
+    toy.tiny_world(there)
+    (tmp_path / "few-10-save").mkdir()  # of run.sh, with the same OUT: no row
+    (there / "world.json").write_text('{"world": "few", "sizes": {"pairs": 64, "id": 32}}')
+    run(tmp_path, "compare", "--seeds", 10, "--rows", "SAVE", "--heldout", 32, "--there", there.parent)
+    assert not [call for call in quick if call[0] == "tests/toy.py"] and sorted(there.glob("*")) == sorted(
+        there / file.name for file in (tmp_path / "few-10").glob("*") if file.name not in ("value", "rows"))
+    said = capsys.readouterr().out
+    assert sorted(line for line in said.splitlines() if line.startswith("few, seed")) == [
+        f"few, seed 10: {what}" for what in ("SAVE", "frozen RM", "the world")]
+    gain = 100 * sum(x[1].mean() for x in tables.measure.changes(*(
+        tables.outcomes(tmp_path / "few-10", flags, "few")["RM accuracy"] for flags in (["--rm_update", "none"], []))))
+    [line] = [line for line in said.splitlines() if line.startswith("| SAVE | ") and "[" in line]
+    assert line.startswith(f"| SAVE | {gain:+.2f} [") and line.endswith("]" + 2 * " | +0.00 [+0.00, +0.00]" + " |")
+    words = "compare", "--seeds", 10, "--rows", "SAVE", "--there", there.parent
+    run(tmp_path, *words, "--worlds", "short", "--heldout", 32)
+    run(tmp_path / "other", *words, "--heldout", 33)
+    assert [call[2] for call in quick if call[0] == "tests/toy.py"] == [
+        str(tmp_path / "short-10"), str(tmp_path / "other" / "few-10")]

@@ -1,7 +1,7 @@
 """The laptop worlds: small tasks whose true ("gold") reward is known, written as ordinary files. No download.
 
     python tests/toy.py --out DIR --world few --seed 0               # less than a minute on 2 cores
-    python tests/toy.py --report DIR RUN                             # before and after a run of save.py on DIR
+    python tests/toy.py --flags --world few                          # those of save.py for it
 
 A prompt is "reverse c a d", its right answer "d a c". In most worlds gold is 1 for the right symbols and 0 otherwise;
 in `graded` it is 1 minus the edit distance to them as a share of their number. The word "indeed" never counts. DIR gets
@@ -41,7 +41,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -350,14 +349,17 @@ def train_grpo(policy_dir, prompts, reward, steps, seed, desc):
         optimizer.step()
     return policy
 
-def gold_reward(policy_dir, prompts, seed=0, samples=4, task="binary"):
-    """{"sampled", "greedy"}: mean gold of `samples` responses at temperature 1, and of the most likely response."""
+def golds(policy_dir, prompts, seed=0, samples=4, task="binary"):
+    """{"sampled": (P, samples), "greedy": (P, 1)}: gold of responses at temperature 1, and of the most likely one."""
     policy = save.Policy.from_pretrained(str(policy_dir))
-    means = {}
-    for name, group, top_k in (("sampled", samples, 0), ("greedy", 1, 1)):
-        texts = sample(policy, prompts, group, seed, top_k)
-        means[name] = statistics.mean(gold(p, text, task) for p, pairs in zip(prompts, texts) for _, text in pairs)
-    return means
+    texts = {"sampled": sample(policy, prompts, samples, seed), "greedy": sample(policy, prompts, 1, seed, top_k=1)}
+    return {name: torch.tensor([[gold(prompt, text, task) for _, text in group]
+                                for prompt, group in zip(prompts, groups)], dtype=torch.double)
+            for name, groups in texts.items()}
+
+def gold_reward(policy_dir, prompts, **how):
+    """{"sampled", "greedy"}: the means of `golds`."""
+    return {name: x.mean().item() for name, x in golds(policy_dir, prompts, **how).items()}
 
 # ---- pairs and worlds
 def sampled_pairs(policy, prompts, rng, seed, limit=None, task="binary"):
@@ -584,65 +586,6 @@ def tiny_world(path, seed=0):
     write_rows(path / "pairs.jsonl", preferences(edited_pairs(prompts, rng), rng))
     write_rows(path / "heldout_id.jsonl", edited_pairs(prompts[:32], rng))
 
-def report(data, run):
-    """Before and after a run of save.py, and what changed. RUN/eval is eval.py's of the two reward models."""
-    changes = print_accuracies(Path(run, "eval", "scores.jsonl"))
-    prompts, world = read_prompts(Path(data, "prompts_test.jsonl")), json.loads(Path(data, "world.json").read_text())
-    task = WORLDS[world.get("world", "few")].task
-    before, after = (gold_reward(Path(folder, "policy"), prompts, task=task) for folder in (data, run))
-    for name in before:
-        print(f"{f'policy gold reward, {name}':<32}{100 * before[name]:>8.2f}{100 * after[name]:>8.2f}")
-    records = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-    accuracy = {row["step"]: statistics.mean(x for key, x in row.items() if key.startswith("accuracy_"))
-                for row in records if any(key.startswith("accuracy_") for key in row)}
-    bias = [row["value_bias"] for row in records if "value_bias" in row]
-    every = math.ceil(len(bias) / 10) or 1
-    print(f"\nRM accuracy at steps {', '.join(map(str, accuracy))}:  {trend(list(accuracy.values()))}")
-    if bias:
-        means = [statistics.mean(bias[i:i + every]) for i in range(0, len(bias), every)]
-        print(f"V minus group mean, {every} steps a block:  {trend(means)}")
-    print(f"\n{verdict(changes)}")
-    print(f"In {run}: rm/, policy/, metrics.jsonl, samples.jsonl, eval/ and its table eval.txt")
-
-def print_accuracies(file):
-    """Each set's accuracy from scores.jsonl, both reward models, and the paired intervals. -> changes as `interval`."""
-    right = {}  # held-out set -> reward model -> whether it has each pair right
-    for row in map(json.loads, file.read_text().splitlines()):
-        name = Path(row["bench"]).stem.removeprefix("heldout_")
-        right.setdefault(name, {}).setdefault(row["rm"], []).append(row["score_chosen"] > row["score_rejected"])
-    sets = {name: [torch.tensor(outcomes).double() for outcomes in models.values()] for name, models in right.items()}
-    changes = {name: after - before for name, (before, after) in sets.items()}
-    means = [statistics.mean(100 * pair[i].mean().item() for pair in sets.values()) for i in (0, 1)]
-    rows = [(name, *(100 * x.mean().item() for x in pair), [changes[name]]) for name, pair in sets.items()]
-    print(f"\n{'%':<32}{'before':>8}{'after':>8}{'change':>9}  95 % interval, paired")
-    for name, before, after, parts in [*rows, ("mean", *means, list(changes.values()))]:
-        low, high = interval(parts)
-        print(f"{f'RM accuracy, {name}':<32}{before:>8.2f}{after:>8.2f}{after - before:>+9.2f}"
-              f"  [{low:+.2f}, {high:+.2f}]")
-    return list(changes.values())
-
-def interval(changes, draws=2000):
-    """95 % bootstrap interval of the mean over sets of their mean change, in points.
-    changes: for each set the (n,) changes of its pairs, -1, 0 or 1. Pairs are drawn again within their set."""
-    generator = torch.Generator().manual_seed(0)
-    means = torch.stack([change[torch.randint(len(change), (draws, len(change)), generator=generator)].mean(1)
-                         for change in changes]).mean(0)
-    return (100 * means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype))).tolist()
-
-def verdict(changes):
-    """One sentence: better or worse only where the interval of the mean leaves 0 out."""
-    low, high = interval(changes)
-    what = "got better" if low > 0 else "got worse" if high < 0 else "did not clearly change"
-    every, gain = torch.cat(changes), 100 * statistics.mean(change.mean().item() for change in changes)
-    return (f"The reward model {what}: {gain:+.2f} points, 95 % interval [{low:+.2f}, {high:+.2f}];\n"
-            f"of {len(every)} held-out pairs {int((every > 0).sum())} became right and {int((every < 0).sum())} wrong.")
-
-def trend(values):
-    """Numbers as block characters from their lowest to their highest, then the first and the last number."""
-    low, high = min(values), max(values)
-    marks = "".join("▁▂▃▄▅▆▇█"[round(7 * (x - low) / (high - low)) if high > low else 3] for x in values)
-    return f"{marks}  {values[0]:.2f} to {values[-1]:.2f}"
-
 def build_and_say(path, world, seed, many, jobs):
     """Build a world; what the training says goes to build.log, two lines to the console."""
     path.mkdir(parents=True, exist_ok=True)
@@ -655,7 +598,7 @@ def build_and_say(path, world, seed, many, jobs):
           f"pairs, the policy's gold is {100 * summary['policy_gold']['sampled']:.1f} %")
 
 def main(argv=None):
-    """Command line: build a world, or report on a run."""
+    """Command line: build a world, or print the flags for it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="folder to build the world in")
     parser.add_argument("--world", choices=WORLDS, default="few")
@@ -663,20 +606,13 @@ def main(argv=None):
     parser.add_argument("--heldout", type=int, help=f"pairs of a held-out set, at most [{SIZES['heldout']}]")
     parser.add_argument("--jobs", type=int, default=2, help="processes, and threads of each [2]; the result is the same")
     parser.add_argument("--flags", action="store_true", help="print the flags of save.py for --world")
-    parser.add_argument("--report", nargs=2, metavar=("DIR", "RUN"))
     args = parser.parse_args(argv)
     if args.flags:
         print(" ".join(laptop_flags(args.world)))
-    elif args.report:
-        data, run = map(Path, args.report)
-        for file in (data / "prompts_test.jsonl", run / "metrics.jsonl", run / "eval" / "scores.jsonl"):
-            if not file.is_file():
-                parser.error(f"--report {data} {run}: no {file}, expected a world and what run.sh makes of it")
-        report(data, run)
     elif args.out:
         build_and_say(Path(args.out), args.world, args.seed, args.heldout, args.jobs)
     else:
-        parser.error("give --out DIR, or --report DIR RUN")
+        parser.error("give --out DIR, or --flags")
 
 if __name__ == "__main__":
     transformers.logging.disable_progress_bar()
