@@ -49,8 +49,7 @@ laptop() {
 case "${1:-}" in
   ""|-*) setup; laptop "$@" ;;
   test) setup; "$PYTHON" -m pytest -q "${@:2}" ;;
-  paper) setup
-    # threads of a rank for --offload: torchrun would set one
+  paper) setup  # torchrun would set one thread a rank, also for --offload
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 3) / 4))} "$PYTHON" -m torch.distributed.run --standalone \
       --nproc-per-node 4 save.py --out "${OUT:-runs/paper}" --seed "${SEED:-0}" "${@:2}" ;;
   compare) setup

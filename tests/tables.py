@@ -8,6 +8,7 @@
     python tests/tables.py control --out runs/map        # perfect labels: is it the labels or the loss?
     python tests/tables.py algorithms --out runs/map     # the paper's Tables 2 and 3: RL algorithms, R2M, PRIME
     python tests/tables.py rates --out runs/map          # learning rates, m0
+    python tests/tables.py bf16 --out runs/map           # what the loop sees of its RM: fp32, bf16 to nearest, dither
     python tests/tables.py kept --out runs/map           # guards: an anchor to the initial rewards, the best checkpoint
     python tests/tables.py habits --out runs/map         # prompts that differ in difficulty, the filter at work
     python tests/tables.py habits_natural --out runs/map # the same, the score as trained and the default m0
@@ -65,7 +66,7 @@ METHODS = {  # the paper's Table 1 with its ablations, then the balanced and the
     **FROZEN, "SAVE": [], "SAVE w/o curriculum": ["--m0", "0"], "SAVE, policy frozen": ["--lr_policy", "0"],
     "HL-BT": UPDATES["HL-BT"], "Mean Reward": UPDATES["Mean Reward"], "continual offline": ["tests/forks/offline.py"],
     "balanced": UPDATES["balanced"], "centred": UPDATES["centred"]}
-save.RM_UPDATES["centred_mean"] = save.RMUpdate(save.centred_loss, "group mean")
+save.RM_UPDATES["centred_mean"] = save.RMUpdate(centred.centred_loss, "group mean")
 CENTRED = {  # what is left of it without one of its parts
     "centred w/o curriculum": [*UPDATES["centred"], "--m0", "0"],
     "centred, policy frozen": [*UPDATES["centred"], "--lr_policy", "0"],
@@ -79,6 +80,9 @@ BEST = "tests/forks/best.py"
 GUARDS = {f"{name}, lambda {keep}": ["tests/forks/kept.py", "--keep", keep, *flags]
           for name, flags in (("SAVE", []), ("centred", UPDATES["centred"])) for keep in ("0.03", "0.1", "0.3", "1")}
 GUARDS |= {"SAVE, lowest held-out loss": [BEST], "centred, lowest held-out loss": [BEST, *UPDATES["centred"]]}
+BF16 = {f"{name}, lr_rm {rate}": ["grid", *flags, "--lr_rm", rate] for rate in ("1e-6", "3e-6", "1e-5")
+        for name, flags in (("float32", []), ("bf16 to nearest", ["nearest", "--dtype", "bfloat16"]),
+                            ("bf16, dither", ["--dtype", "bfloat16"]))}
 TABLES = {  # {table: {world: {row: flags}}}
     "compare": {"few": {name: METHODS[name] for name in ("frozen RM", "HL-BT", "Mean Reward", "SAVE", "centred")}},
     "labels": {world: METHODS for world in ("few", "pairs_300", "pairs_500", "pairs_1000", "pairs_2000", "pairs_4000")},
@@ -102,6 +106,7 @@ TABLES = {  # {table: {world: {row: flags}}}
         **{f"RM learning rate {rate}": ["--lr_rm", rate] for rate in ("3e-6", "3e-5")},
         **{f"value head learning rate {rate}": ["--lr_value", rate] for rate in ("1e-3", "1e-1")},
         "constant rates": ["--lr_schedule", "constant"]}},
+    "bf16": {"few": BF16},
     "habits": {"habits": METHODS | CENTRED},
     "habits_natural": {"habits_natural": {name: (METHODS | CENTRED)[name] for name in (
         "frozen RM", "SAVE", "HL-BT", "Mean Reward", "centred", "centred, group mean as anchor")}},
@@ -111,7 +116,7 @@ TABLES = {  # {table: {world: {row: flags}}}
 }
 MAINS = {"save.py": save.main, "eval.py": evaluation.main, "tests/toy.py": toy.main, **{
     f"tests/forks/{fork.__name__}.py": fork.main for fork in (best, kept, offline, prime, r2m, reinforce_pp)}}
-END = ("reward_spread", "value_bias", "kept", "valid", "kl")  # of metrics.jsonl, kept with a run
+END = ("reward_spread", "value_bias", "kept", "valid", "kl", "reward_shift")  # of metrics.jsonl, kept with a run
 
 def call(script, *words):
     """main() of one of our scripts in this process; its output goes to the file that error messages name."""
@@ -178,11 +183,14 @@ def run_row(data, world, seed, flags):
         return
     script = flags[0] if flags[:1] and flags[0].endswith(".py") else "save.py"
     words = [data / "rows" / "save" / "rm" if flag == "{save}" else flag for flag in flags
-             if flag not in (script, "perfect", "constant")]
+             if flag not in (script, "perfect", "constant", "grid", "nearest")]
     labels = functools.partial(perfect_label, task) if "perfect" in flags else save.label
     anchors = constant_anchor if "constant" in flags else save.anchor
-    with mock.patch.object(save, "label", labels), mock.patch.object(save, "anchor", anchors):
-        call(script, "--stage", "save", "--rm", data / "value" / "rm", "--pairs", data / "pairs.jsonl", "--heldout",
+    rounded = (lambda target, source, name: target.copy_(source)) if "nearest" in flags else save.dithered
+    rm = on_grid(data) if "grid" in flags else data / "value" / "rm"
+    with mock.patch.object(save, "label", labels), mock.patch.object(save, "anchor", anchors), \
+            mock.patch.object(save, "dithered", rounded):
+        call(script, "--stage", "save", "--rm", rm, "--pairs", data / "pairs.jsonl", "--heldout",
              *sorted(data.glob("heldout_*.jsonl")), "--out", out, "--resume", "--eval_every",
              0 if flags == FROZEN["frozen RM"] else 20,  # nobody tests a frozen RM twice
              *common(data, world, seed), *words)
@@ -190,7 +198,20 @@ def run_row(data, world, seed, flags):
     result = read_run(out, task) | {"half": script == BEST, "gold": gold}
     value = [row for row in measure.read_rows(data / "value" / "metrics.jsonl") if "step" in row][-1]
     result["value"] = {"value_r2": value["value_r2"], **result["value"]} if "value_r2" in value else result["value"]
+    if "grid" in flags:  # the loop tested the working copy, this is rm/ in fp32
+        saved = save.RewardModel.from_pretrained(str(out / "rm"))
+        result["saved"] = {file.stem[8:]: toy.rm_accuracy(saved, measure.read_rows(file))
+                           for file in sorted(data.glob("heldout_*.jsonl"))}
     (out / "result.json").write_text(json.dumps(result))
+
+def on_grid(data):
+    """A world's reward model with weights that bf16 can hold, as a bf16 checkpoint has them; V stays."""
+    if not (data / "grid" / "value_head.safetensors").is_file():
+        rm = save.RewardModel.from_pretrained(str(data / "value" / "rm"))
+        for p in rm.model.parameters():
+            p.data = p.data.bfloat16().float()
+        rm.save_pretrained(data / "grid")
+    return data / "grid"
 
 def policy_golds(data, out, task):
     """{"sampled", "greedy": the mean gold of each test prompt} of a row's policy, kept in golds.json."""
@@ -300,6 +321,21 @@ def initial_accuracy(rows):
             accuracy.setdefault(seed, statistics.mean(run["init"].values()))
     return accuracy
 
+def bf16_table(rows):
+    """Markdown lines: of each rate and precision the change of accuracy, as the loop sees it and of rm/ as saved."""
+    lines = ["| few, its RM on the bf16 grid | RM gain, in the loop | of rm/ as saved | gold | reward_shift | seeds |",
+             "|---" * 6 + "|"]
+    for name in filter(rows.get, BF16):
+        runs = rows[name]
+        start = [statistics.mean(run["init"].values()) for run in runs.values()]
+        loop, saved = ([statistics.mean(run[key].values()) - x for run, x in zip(runs.values(), start)]
+                       for key in ("after", "saved"))
+        lines.append(f"| {name} | {mean_and_error(loop, '+')} | {mean_and_error(saved, '+')} | " + " | ".join(
+            mean_and_error(x) for x in ([run["gold"]["sampled"] for run in runs.values()],
+                                        [run["end"]["reward_shift"] for run in runs.values()]))
+                     + f" | {min(runs)} to {max(runs)} |")
+    return lines
+
 def gains_of(row, initial):
     """What each seed's run ends above the initial RM, mean accuracy over the held-out sets, in points; above the same
     half of the pairs where the other half has chosen the checkpoint."""
@@ -360,8 +396,9 @@ def shown(runs):
     """Markdown lines of the map, then of every world that has runs, its rows in the order of TABLES."""
     lines = [*overview(runs), ""]
     for world in runs:
-        names = dict.fromkeys(name for rows in TABLES.values() for name in rows.get(world, ()))
+        names = dict.fromkeys(name for rows in TABLES.values() for name in rows.get(world, ()) if name not in BF16)
         lines += [*table(runs[world], world, names), ""]
+        lines += [*bf16_table(runs[world]), ""] if BF16.keys() & runs[world] else []
     return lines
 
 def write(out):
@@ -422,7 +459,7 @@ def main(argv=None):
             return print("\n".join(purity.write(out)))
     runs = write(out)
     for world in dict.fromkeys(world for world, _ in worlds):
-        print("\n".join(table(runs[world], world, rows_of[world])))
+        print("\n".join(bf16_table(runs[world]) if args.table == "bf16" else table(runs[world], world, rows_of[world])))
         if args.table == "compare":
             rows = {name: flags for name, flags in rows_of[world].items() if name in (args.rows or known)}
             print("\n".join(paired(out, world, seeds, rows)))

@@ -1,5 +1,5 @@
-"""What a run says of itself: closing words, labels and rows that cannot work, its trace, what stage value keeps, and that
-the bf16 working copy shows what was learned."""
+"""What a run says of itself: closing words, labels and rows that cannot work, its trace, what stage value keeps, and
+that the bf16 working copy shows what was learned."""
 import copy
 import hashlib
 import json
@@ -35,7 +35,7 @@ def test_closing_words_are_medians_of_the_first_and_the_last_quarter(tmp_path):
     rows = [{}, *({**FINE, "kept": i / 10, "spread_after": 3.0 + 0.3 * (i == 4)} for i in range(1, 9))]
     del rows[8]["learned"], rows[8]["spread_after"]
     said, record = closing(tmp_path, rows)
-    assert said.splitlines()[0].startswith("the RM learned in 7 of 8 steps; first and last quarter: learned 1, 1; kept ")
+    assert said.startswith("the RM learned in 7 of 8 steps; first and last quarter: learned 1, 1; kept 0.2, 0.7; valid")
     assert record["closing"]["kept"] == [0.2, 0.7]  # of 0.1 0.2 0.3 and of 0.6 0.7 0.8
     assert record["closing"]["spread_times"] == [1, pytest.approx(1.1)]  # 3.3 over 3, once
     assert record["try"] == [] and len(said.splitlines()) == 1
@@ -61,13 +61,14 @@ def zero_or_one(run, batch):
 
 @pytest.mark.parametrize("name, what", [("learned", {"rm_update": "hinge"}), ("valid", {}), ("kept", {"m0": 1})])
 def test_a_run_whose_rm_learns_nothing_says_so(world, tmp_path, capsys, name, what):
+    labels = {"valid": zero_or_one, "kept": lambda run, batch: batch.rewards * 1e-3}.get(name, save.label)
     with mock.patch.dict(save.RM_UPDATES, hinge=save.RMUpdate(hinge, "value head")), \
-            mock.patch.object(save, "label", {"valid": zero_or_one, "kept": lambda run, batch: batch.rewards * 1e-3}.get(
-                name, save.label)):
+            mock.patch.object(save, "label", labels):
         out = run(world, tmp_path / "out", **{"steps": 6, "m0": 0.9, "save_every": 0, "lr_policy": 0, **what})
     said, end = capsys.readouterr().out, rows_of(out / "metrics.jsonl")[-1]
-    assert said.count("five steps in a row trained no RM") == 1 and "the RM learned in 0 of 6 steps" in said
-    assert end["closing"]["learned"] == [0, 0] and any(f"({name})" in words for words in end["try"])
+    steps = int(name == "kept")  # the last one, in which all is kept
+    assert said.count("five steps in a row trained no RM") == 1 and f"the RM learned in {steps} of 6 steps" in said
+    assert end["closing"]["learned"][0] == 0 and any(f"({name})" in words for words in end["try"])
     assert len(said[said.index("the RM learned"):said.index("models:")].splitlines()) <= 6
 
 def test_plain_rl_gets_no_advice_on_how_its_rm_learns(world, tmp_path, capsys):
@@ -153,7 +154,8 @@ def test_the_bf16_copy_moves_as_its_masters_do_at_lr_1e_7():
 
 def test_a_dither_is_unbiased_for_every_sign_and_size_and_keeps_zeros():
     x = torch.tensor([0.0, -0.0, 1.0, -1.0, 1.2345, -1.2345, 3e-39, -3e-39, 65504.3, 1e-20])
-    draws = torch.stack([save.dithered(torch.empty_like(x, dtype=torch.bfloat16), x, str(i)).double() for i in range(4000)])
+    empty = torch.empty_like(x, dtype=torch.bfloat16)
+    draws = torch.stack([save.dithered(empty.clone(), x, str(i)).double() for i in range(4000)])
     step = (x.abs() * 2 ** -7).clamp(min=2 ** -133).double()  # of bf16, at most
     assert ((draws.mean(0) - x.double()).abs() <= 0.05 * step).all()
     assert (draws[:, :4] == x[:4]).all() and ((draws - x).abs() <= step).all()

@@ -142,7 +142,7 @@ def test_the_picture_does_with_what_there_is(tmp_path):
     run = hand_made(tmp_path / "c")
     (run / "samples.jsonl").unlink()
     found, texts = drawn(run)
-    assert "dot" not in found and "RM accuracy on held-out pairs, %" in texts and "And more." in texts
+    assert "dot" not in found and "RM accuracy on held-out pairs, %" in texts and "try: <something>" in texts
     toy.write_rows(run / "metrics.jsonl", measure.read_rows(run / "metrics.jsonl")[:3])  # stopped before its first step
     assert "SAVE 65.0" in drawn(run)[1]
 

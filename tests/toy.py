@@ -604,7 +604,7 @@ def main(argv=None):
     parser.add_argument("--world", choices=WORLDS, default="few")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--heldout", type=int, help=f"pairs of a held-out set, at most [{SIZES['heldout']}]")
-    parser.add_argument("--jobs", type=int, default=2, help="processes, and threads of each [2]; the result is the same")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, and threads of each [2]; one result")
     parser.add_argument("--flags", action="store_true", help="print the flags of save.py for --world")
     args = parser.parse_args(argv)
     if args.flags:
