@@ -507,8 +507,7 @@ def evaluate(cfg, path, benchmarks, first):
         results[name] = {**result, "interval": {key: interval(draws[name][key]) for key in result},
                          "length_only": bench.scores(by_length)["average"], "rows": len(rows), "units": units,
                          "texts": len(texts), "truncated": cut, "ties": sum(map(bench.ties, scored))}
-        of = f" of {units} prompts" * (units < len(rows))
-        say(f"{path} on {name}: {result['average']:.2f} %, {len(rows)} rows{of}")
+        say(f"{path} on {name}: {result['average']:.2f} %, {len(rows)} rows" + f" of {units} prompts" * (units < len(rows)))
         if cfg.out and RANK == 0:
             with open(Path(cfg.out, "scores.jsonl"), "a", encoding="utf-8") as file:
                 for number, row in enumerate(scored, 1):

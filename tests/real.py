@@ -21,7 +21,7 @@ from pathlib import Path
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = {"save": ["save.py"], "centred": ["save.py", "--rm_update", "centred"],
+METHODS = {"save": ["save.py"], "centred": ["tests/forks/centred.py"],
            "balanced": ["tests/forks/balanced.py"],
            "hl_bt": ["tests/forks/hl_bt.py"], "mean_reward": ["save.py", "--rm_update", "mean_reward"]}
 FULL = {
@@ -33,7 +33,7 @@ QUICK = {  # pairs and prompts that two cores can afford; the suffix makes answe
     "tokens": 190, "prompt": 72, "pairs": 320, "bench": [], "suffix": " Answer in one short sentence.",
     "preference": "--batch 16 --lr_rm 2e-5 --lr_schedule linear --micro_tokens 1024",
     "save": "--steps 30 --batch 4 --group 4 --max_new_tokens 64 --lr_rm 1e-5 --value_prompts 64 "
-            "--value_k 4 --value_batch 16 --value_lr 2e-3 --value_epochs 15 --lr_value 1e-3 --micro_tokens 1024"}
+            "--value_k 4 --value_lr 2e-3 --value_epochs 15 --lr_value 1e-3 --micro_tokens 1024"}
 
 def call(script, *words):
     """Run a script of the repository in this environment."""
