@@ -161,9 +161,9 @@ def report(data, run, control):
              for label, columns in rows]
     means = [statistics.mean(line[1][i] for line in lines[:len(before)]) for i in range(3)]
     lines.insert(len(before), ("RM accuracy, mean", means, changes(before, after)))
-    print(f"\n{'%':<28}{'before':>8}{'frozen RM':>11}{logs.name:>13}   minus frozen RM, 95 % interval, paired")
+    print(f"\n{'%':<28}{'before':>8}{logs.name:>13}{'frozen RM':>11}   minus frozen RM, 95 % interval, paired")
     for label, (first, frozen, last), sets in lines:
-        print(f"{label:<28}{first:>8.2f}{frozen:>11.2f}{last:>13.2f}   {change_and_interval(sets)}")
+        print(f"{label:<28}{first:>8.2f}{last:>13.2f}{frozen:>11.2f}   {change_and_interval(sets)}")
     accuracy = logs.mean_accuracy()
     bias = [(row["step"], row["value_bias"]) for row in logs.steps if "value_bias" in row]
     print(f"\nRM accuracy at steps {', '.join(map(str, accuracy))}:  {trend(list(accuracy.values()))}")

@@ -286,7 +286,7 @@ def paired(out, world, seeds, rows):
             for what, changes in sets.items():
                 changes += measure.changes(frozen[what], row[what])
         lines.append(f"| {name} | {' | '.join(map(measure.change_and_interval, sets.values()))} |")
-    head = f"| {world}: minus the frozen RM, 95 % interval over prompts | {' | '.join(sets)} |"
+    head = f"| {world}: minus the frozen RM, 95 % interval over prompts | RM accuracy | gold | gold, greedy |"
     return ["", head, "|---" * 4 + "|", *lines]
 
 def collect(out):
@@ -461,7 +461,8 @@ def main(argv=None):
     for world in dict.fromkeys(world for world, _ in worlds):
         print("\n".join(bf16_table(runs[world]) if args.table == "bf16" else table(runs[world], world, rows_of[world])))
         if args.table == "compare":
-            rows = {name: flags for name, flags in rows_of[world].items() if name in (args.rows or known)}
+            rows = {name: flags for name, flags in rows_of[world].items()
+                    if name in (args.rows or known) and flags != FROZEN["frozen RM"]}
             print("\n".join(paired(out, world, seeds, rows)))
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def test_run_sh(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     for what in ("RM accuracy, mean", "policy gold reward, sampled", "policy gold reward, greedy"):
         assert re.search(rf"^{what} +\d+\.\d\d +\d+\.\d\d +\d+\.\d\d +[+-]\d", done.stdout, re.M), done.stdout
-    mean = re.search(r"^RM accuracy, mean +(\S+) +(\S+)", done.stdout, re.M)
+    mean = re.search(r"^RM accuracy, mean +(\S+) +\S+ +(\S+)", done.stdout, re.M)
     assert mean[1] == mean[2] and "The reward model " in done.stdout  # before, and frozen
     picture, following = done.stdout.splitlines()[-2:]
     assert picture.endswith(f"{old}-2/report.svg") and following.endswith(f"OUT={tmp_path} bash run.sh compare")
