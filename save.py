@@ -465,7 +465,7 @@ def value_stage(run, prompts):
     advantages = rm_advantages(batch.rewards, run.rm.value(batch.features).detach())
     record(run, batch, *partition(advantages, curriculum_threshold(1, cfg.steps, cfg.m0), batch.ended))
     run.log.write(0, "value")
-    say(f"V is judged on {tenth} prompts kept out: fewer than 50 say nothing")
+    say(f"V is judged on {tenth} prompts kept out{', too few to tell' * (tenth < 50)}")
     closing_words(run, "value" if tenth >= 50 else "")
 
 def each_step(run, stage, rows, heldout, saved):
@@ -1019,7 +1019,7 @@ class Log:
         if step % 10 == 0 or step in (1, self.cfg.steps):
             say(stage, step, *(f" {name} {record[name]:.4g}" for name in Log.shown if name in record))
 
-TRY = (  # a number, its least and most, what to try beyond; README
+TRY = (  # a number, its least and most, what to try beyond
     ("learned", 0.5, 1, "lower --m0; a loss with a gradient where R+ - R- >= 2 logit(mu)"),
     ("kept", 0.05, 1, "lower --m0"), ("valid", 0.05, 1, "lower --m0, raise --lr_value, signed labels"),
     ("value_r2", 0, 1, "raise --value_epochs, --lr_value"), ("value_bias", -1e9, 1e9, ""),
@@ -1040,7 +1040,7 @@ def closing_words(run, stage):
     learned = f"the RM learned in {len(times)} of {len(rows) - 1} steps; " * ("learned" in x)
     numbers = "; ".join(f"{name} {a:.3g}, {b:.3g}" for name, (a, b) in x.items())
     if x:
-        say(f"{learned}first and last quarter: {numbers}", *tries, sep="\n")
+        say(f"{learned}first and last quarter: {numbers}", *tries[:5], sep="\n")
         run.log.append(Log.files[0], {"closing": x, "try": tries})
 
 def record(run, batch, positive, negative, valid):

@@ -357,9 +357,9 @@ def golds(policy_dir, prompts, seed=0, samples=4, task="binary"):
                                 for prompt, group in zip(prompts, groups)], dtype=torch.double)
             for name, groups in texts.items()}
 
-def gold_reward(policy_dir, prompts, **how):
+def gold_reward(policy_dir, prompts, *how):
     """{"sampled", "greedy"}: the means of `golds`."""
-    return {name: x.mean().item() for name, x in golds(policy_dir, prompts, **how).items()}
+    return {name: x.mean().item() for name, x in golds(policy_dir, prompts, *how).items()}
 
 # ---- pairs and worlds
 def sampled_pairs(policy, prompts, rng, seed, limit=None, task="binary"):
