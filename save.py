@@ -107,7 +107,7 @@ class Config:
         return replace(self, **{name: x for name, x in named if getattr(self, name) in (None, "auto")})
 
 def parse_config(argv=None, kind=Config):
-    """A flag for each field of a dataclass; the comment behind it is its help."""
+    """A flag for each field; the comment behind it is its help."""
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = lambda message: expect(False, message)
     choices = {"lr_schedule": ["constant", "linear"], "dtype": ["auto", "float32", "bfloat16"], "algo": ALGORITHMS,
@@ -999,7 +999,7 @@ class Log:
                 file.write(json.dumps(record) + "\n")
 
     def put(self, **values):
-        """Finite numbers, of tensors the means, for the record of the step."""
+        """Finite numbers, of tensors means, for the record of the step."""
         values = {name: x.float().mean().item() if torch.is_tensor(x) else x for name, x in values.items()}
         self.record |= {name: x for name, x in values.items() if math.isfinite(x)}
 
@@ -1024,11 +1024,11 @@ TRY = (  # a number, its least and most, what to try beyond
     ("kept", 0.05, 1, "lower --m0"), ("valid", 0.05, 1, "lower --m0, raise --lr_value, signed labels"),
     ("value_r2", 0, 1, "raise --value_epochs, --lr_value"), ("value_bias", -1e9, 1e9, ""),
     ("reward_spread", 0, 1e9, ""), ("common_push", -0.1, 0.1, "tests/forks/centred.py"),
-    ("spread_times", 0, 1.1, "it sharpens what it believes: lower --lr_rm"))
-
+    ("spread_times", 0, 1.1, "it sharpens: lower --lr_rm"))
 def closing_words(run, stage):
-    """Medians of the first and last quarter of a stage, and what to try; they end metrics.jsonl."""
-    rows = [row for row in map(json.loads, open(Path(run.cfg.out, Log.files[0]))) if row.get("stage") == stage]
+    """Medians of a stage's first and last quarter, and what to try; they end metrics.jsonl."""
+    lines = open(Path(run.cfg.out, Log.files[0])) if RANK == 0 else ()
+    rows = [row for row in map(json.loads, lines) if row.get("stage") == stage]
     times, x = [row["spread_after"] / (row["reward_spread"] or 1) for row in rows if "spread_after" in row], {}
     for name, *_ in TRY:
         numbers = [row[name] for row in rows if name in row]
