@@ -350,7 +350,7 @@ def value_step(run, rewards, features, usable):
 
 @torch.no_grad()
 def response_log_probs(run, batch, batches):
-    """(N/W,R), 0 past the end; other micro-batches than those of training round differently."""
+    """(N/W,R), 0 past the end; micro-batches unlike those of training round differently."""
     result = torch.zeros(len(batch.sequences), int(batch.lengths.max()), device=run.cfg.device)
     for rows in batches:
         inputs = model_inputs([batch.sequences[row] for row in rows], run.cfg.device)
@@ -451,8 +451,8 @@ def value_stage(run, prompts):
             score_batch(run, batch)
             with replaced_folder(done.parent) as folder:
                 torch.save([batch.lengths, batch.ended, batch.rewards, batch.features], folder / f"{RANK}.pt")
-        batches.append(torch.load(done, cfg.device))
-    lengths, *data = [torch.cat(tensors) for tensors in zip(*batches)]
+        batches.append(torch.load(done, "cpu"))
+    lengths, *data = [torch.cat(tensors).to(cfg.device) for tensors in zip(*batches)]
     head.load_state_dict({name: 0 * x for name, x in head.state_dict().items()})
     run.optimizers["value"], run.rm.has_value_head = ShardedAdamW(head, cfg.value_lr, cfg), True
     parts = torch.arange(count - tenth).split(32) * cfg.value_epochs
@@ -465,7 +465,7 @@ def value_stage(run, prompts):
     advantages = rm_advantages(batch.rewards, run.rm.value(batch.features).detach())
     record(run, batch, *partition(advantages, curriculum_threshold(1, cfg.steps, cfg.m0), batch.ended))
     run.log.write(0, "value")
-    say(f"V is judged on {tenth} prompts kept out{', too few to tell' * (tenth < 50)}")
+    say(f"V is judged on {tenth} prompts kept out{', too few' * (tenth < 50)}")
     closing_words(run, "value" if tenth >= 50 else "")
 
 def each_step(run, stage, rows, heldout, saved):
@@ -551,7 +551,7 @@ class RewardModel(nn.Module):
             return cls(model, tokenizer, safetensors.torch.load_file(head) if head.is_file() else None).to(device)
 
     def features(self, input_ids, lengths, prompt_lengths):
-        """Hidden states (N,H), fp32: at the last token for R, at the end of the prompt for V."""
+        """Hidden states (N,H), fp32: at the last token for R, the end of the prompt for V."""
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         rows = torch.arange(len(input_ids), device=input_ids.device)
         return hidden[rows, lengths - 1].float(), hidden[rows, prompt_lengths - 1].float()
@@ -888,7 +888,7 @@ def as_pair(row):
     head, other = (chat[:-1] or prompt for chat in chats)
     fine = head == other and all(chat[-1]["role"] == "assistant" for chat in chats)
     fine = fine and head and head[0]["role"] != "assistant" and all(message in head for message in prompt)
-    expect(fine, "expected a prompt, or chats with it in them, and both to answer the same chat")
+    expect(fine, "expected chosen and rejected to answer the same chat; expected a prompt, or chats with it in them")
     return head, [chat[-1]["content"] for chat in chats]
 
 def pair_of(row, rm, limit=sys.maxsize):
@@ -1072,14 +1072,14 @@ def expect(fine, message):
 
 @contextmanager
 def blamed(what, refuse=True):
-    """Errors inside become a UsageError that begins with `what`."""
+    """Errors inside become a UsageError that begins so."""
     try:
         yield
     except Exception as error:
         expect(not refuse, f"{what}: {error}")
 
 def prepare(cfg):
-    """Load and check all, write nothing -> Run, rows, held-out pairs, checkpoint."""
+    """Load, check all, write nothing -> Run, rows, held-out pairs, checkpoint."""
     preference, saving = cfg.stage == "preference", cfg.stage in ("", "save")
     models = [Path(path).resolve() for path in (cfg.rm, cfg.policy)]
     results = [Path(cfg.out, name).resolve() for name in ("rm", "policy", "checkpoints", *Log.files)]

@@ -17,6 +17,7 @@ import save
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "forks"))
 import balanced  # noqa: E402
+import centred  # noqa: E402
 import hl_bt  # noqa: E402
 
 class InThisThread(contextlib.nullcontext):
@@ -30,7 +31,7 @@ class InThisThread(contextlib.nullcontext):
 @pytest.mark.parametrize("given_rm", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_real_trains_every_method_from_one_reward_model_and_judges_all(world, tmp_path, monkeypatch, given_rm):
     scripts = {"save.py": save.main, "eval.py": evaluation.main, **{
-        f"tests/forks/{fork.__name__}.py": fork.main for fork in (balanced, hl_bt)}}
+        f"tests/forks/{fork.__name__}.py": fork.main for fork in (balanced, centred, hl_bt)}}
     monkeypatch.setattr(real, "call", lambda script, *words: scripts[script]([str(word) for word in words]))
     monkeypatch.setattr(real.concurrent.futures, "ThreadPoolExecutor", InThisThread)
     small = {"tokens": 64, "prompt": 8, "pairs": 16, "bench": [], "suffix": " x",

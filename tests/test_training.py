@@ -334,13 +334,13 @@ def test_the_preference_step_has_the_gradient_of_the_plain_graph(tmp_path):
     assert run.log.record["rm_accuracy"] == accuracy and 0 < accuracy < 1
 
 def test_stage_value_judges_v_on_prompts_that_it_was_not_fitted_to(tmp_path, monkeypatch):
-    """Of 32 prompts the last three, worked out by hand. One has no response that ended: no target, not one of 0."""
-    run, prompts, batch = make_run(tmp_path, value_prompts=32, value_k=4, value_batch=6, value_epochs=2,
+    """Of 64 prompts the last six, worked out by hand: three have no response that ended: no target, not one of 0."""
+    run, prompts, batch = make_run(tmp_path, value_prompts=64, value_k=4, value_epochs=2,
                                    lr_schedule="linear")
-    rewards, ended = torch.arange(128.0).view(32, 4) % 7, torch.ones(32, 4, dtype=torch.bool)
-    rewards[-3:] = torch.tensor([[9.0, 9, 9, 9], [4, 1, 0, -3], [2, 2.2, 5, 6]])
-    ended[-3:] = bits("0000", "1111", "1110")
-    features, fitted, scales = torch.eye(32), [], []
+    rewards, ended = torch.arange(256.0).view(64, 4) % 7, torch.ones(64, 4, dtype=torch.bool)
+    rewards[-6:] = torch.tensor([*[[9.0, 9, 9, 9]] * 4, [4, 1, 0, -3], [2, 2.2, 5, 6]])
+    ended[-6:] = bits("0000", "0000", "0000", "0000", "1111", "1110")
+    features, fitted, scales = torch.eye(64), [], []
 
     def sampled(run, prompts, group, start, purpose):
         rows = slice(4 * (start // 4), 4 * (start // 4) + 4)
@@ -349,13 +349,12 @@ def test_stage_value_judges_v_on_prompts_that_it_was_not_fitted_to(tmp_path, mon
     monkeypatch.setattr(save, "sample", sampled)
     monkeypatch.setattr(save, "score_batch", lambda run, batch: None)
     monkeypatch.setattr(save, "value_step", lambda run, rewards, features, usable: (
-        fitted.append(features.argmax(1)), scales.append(run.lr_scale)))
-    run.rm.value_head = torch.nn.Linear(32, 1)
-    torch.nn.init.zeros_(run.rm.value_head.weight)
-    torch.nn.init.ones_(run.rm.value_head.bias)  # V = 1
-    save.value_stage(run, prompts)
-    assert torch.cat(fitted).tolist() == [*range(29)] * 2  # each of the others twice, these never
-    assert scales == pytest.approx([1 - i / 10 for i in range(10)])
+        fitted.append(features.argmax(1)), scales.append(run.lr_scale),
+        torch.nn.init.ones_(run.rm.value_head.bias)))  # V = 1
+    run.rm.value_head = torch.nn.Linear(64, 1)
+    save.value_stage(run, prompts * 16)
+    assert torch.cat(fitted).tolist() == [*range(58)] * 2  # each of the others twice, these never
+    assert scales == pytest.approx([1, 0.75, 0.5, 0.25])  # of 32 and 26 prompts, twice
     record = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1]
     means = 0.5, 9.2 / 3
     error = ((1 - means[0]) ** 2 + (1 - means[1]) ** 2) / 2
