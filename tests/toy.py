@@ -47,7 +47,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin take the other process's core
 import torch
 import torch.nn.functional as F
 import transformers
@@ -438,12 +437,15 @@ def try_labels(path, world, seed, first, pairs, count):
     train_rm(path / f"rm_{count}", first, path / f"pairs_{count}.jsonl", world, seed)
     return rm_accuracy(save.RewardModel.from_pretrained(str(path / f"rm_{count}")), pairs[max(LABELS):])
 
-def build_rm(path, world, seed, pairs, pool, jobs):
-    """DIR/rm and its DIR/pairs.jsonl. pairs: a future of at least as many as it may need."""
+def build_rm(path, world, seed, asked, pool, jobs, meanwhile):
+    """DIR/rm and its DIR/pairs.jsonl. meanwhile: called once the first trainings are under way."""
     first = path / ("able" if WORLDS[world].task == "habits" else "policy")  # what it starts from
-    trained = functools.cache(lambda count: pool.submit(try_labels, path, world, seed, first, pairs.result(), count))
-    if jobs > 1 and not WORLDS[world].pairs:  # the first of the bisection and, in most worlds, the second, at once
-        trained(LABELS[3]), trained(LABELS[1])
+    pairs = pool.submit(labels, path, world, seed, asked, WORLDS[world].pairs or max(LABELS) + 400).result()
+    trained = functools.cache(lambda count: pool.submit(try_labels, path, world, seed, first, pairs, count))
+    # the first of the bisection and, in most worlds, the second, at once
+    for count in (WORLDS[world].pairs,) if WORLDS[world].pairs else (LABELS[3], LABELS[1])[:jobs]:
+        trained(count)
+    meanwhile()
     count = WORLDS[world].pairs or LABELS[bisect.bisect_left(LABELS, ENOUGH, hi=len(LABELS) - 1,
                                                              key=lambda count: trained(count).result())]
     trained(count).result()
@@ -502,10 +504,10 @@ class Here:
         future.set_result(work(*inputs))
         return future
 
-def quiet(log, threads):
+def quiet(log):
     """A process of a pool: what it says goes to a file."""
     sys.stdout = open(log, "a", encoding="utf-8")  # noqa: SIM115  for as long as it lives
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # models this small are slower on more
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
 
@@ -515,7 +517,7 @@ def workers(jobs, log):
     if jobs == 1:
         yield Here()
         return
-    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), quiet, (log, jobs)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), quiet, (log,)) as pool:
         yield pool
 
 def build_world(path, world="few", seed=0, many=None, jobs=1):
@@ -541,13 +543,17 @@ def build_world(path, world="few", seed=0, many=None, jobs=1):
         parts = sets("hard")  # it needs nothing, and the pool starts while the policy learns
         build_policy(path, world, seed)
         lap("policy")
-        make_rm = not (spec.pairs and (path / "rm" / "tokenizer.json").is_file())  # as another world left it
-        if make_rm:
-            pairs = pool.submit(labels, path, world, seed, prompts["asked"], spec.pairs or max(LABELS) + 400)
-        parts += sets("id", "long")
-        policy_gold = pool.submit(gold_reward, path / "policy", prompts["test"], 0, 4, task)
-        if make_rm:
-            build_rm(path, world, seed, pairs, pool, jobs)
+        policy_gold = functools.cache(
+            lambda: pool.submit(gold_reward, path / "policy", prompts["test"], 0, 4, task))
+
+        def of_the_policy():
+            parts.extend(sets("id", "long"))
+            policy_gold()
+
+        if spec.pairs and (path / "rm" / "tokenizer.json").is_file():  # as another world left it
+            of_the_policy()
+        else:
+            build_rm(path, world, seed, prompts["asked"], pool, jobs, of_the_policy)
         lap("rm")
         spread = pool.submit(reward_sd, path, seed, prompts["test"])
         for part in parts + sets("onp", "neu"):
@@ -557,7 +563,7 @@ def build_world(path, world="few", seed=0, many=None, jobs=1):
         accuracies = {name: pool.submit(set_accuracy, path, file) for name, file in files.items()}
         summary = {"world": world, "seed": seed, "sizes": {
             name: len(read_prompts(file)) for name, file in {"pairs": path / "pairs.jsonl", **files}.items()},
-            "policy_gold": policy_gold.result(), "reward_sd": spread.result(),
+            "policy_gold": policy_gold().result(), "reward_sd": spread.result(),
             "rm_accuracy": {name: future.result() for name, future in accuracies.items()}}
     lap("measured")
     (path / "world.json").write_text(json.dumps({**summary, "seconds": seconds}, indent=1) + "\n")
@@ -589,7 +595,7 @@ def tiny_world(path, seed=0):
 def build_and_say(path, world, seed, many, jobs):
     """Build a world; what the training says goes to build.log, two lines to the console."""
     path.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(jobs)
+    torch.set_num_threads(1)  # models this small are slower on more
     print(f"building the laptop world {world}, seed {seed}, in {path} (its log: {path / 'build.log'})", flush=True)
     with open(path / "build.log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         summary = build_world(path, world, seed, many, jobs)
@@ -604,7 +610,7 @@ def main(argv=None):
     parser.add_argument("--world", choices=WORLDS, default="few")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--heldout", type=int, help=f"pairs of a held-out set, at most [{SIZES['heldout']}]")
-    parser.add_argument("--jobs", type=int, default=2, help="processes, and threads of each [2]; one result")
+    parser.add_argument("--jobs", type=int, default=2, help="processes [2]; the result is the same")
     parser.add_argument("--flags", action="store_true", help="print the flags of save.py for --world")
     args = parser.parse_args(argv)
     if args.flags:
