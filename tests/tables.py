@@ -92,8 +92,6 @@ TABLES = {  # {table: {world: {row: flags}}}
     "group": {"graded": {name: METHODS[name] for name in ("frozen RM", "SAVE", "balanced", "centred")} | GROUPS},
     "control": {world: {name: METHODS[name] for name in ("frozen RM", "SAVE", "balanced", "centred")} | PERFECT
                 for world in ("few", "graded")},
-    "kept": {world: {name: METHODS[name] for name in ("frozen RM", "SAVE", "centred")} | GUARDS
-             for world in ("few", "habits", "graded")},
     "algorithms": {"few": {
         **FROZEN, "SAVE": [], "SAVE with RLOO": ["--algo", "rloo"],
         "SAVE with GSPO": ["--algo", "gspo", "--num_minibatches", "4"],
@@ -112,6 +110,8 @@ TABLES = {  # {table: {world: {row: flags}}}
         "frozen RM", "SAVE", "HL-BT", "Mean Reward", "centred", "centred, group mean as anchor")}},
     "weak": {"weak": {name: METHODS[name] for name in (
         "frozen RM", "SAVE", "SAVE w/o curriculum", "SAVE, policy frozen", "HL-BT", "Mean Reward")}},
+    "kept": {world: {name: METHODS[name] for name in ("frozen RM", "SAVE", "centred")} | GUARDS
+             for world in ("few", "habits", "graded")},
     "purity": {world: {} for world in ("few", "habits", "graded")},  # not of runs
 }
 MAINS = {"save.py": save.main, "eval.py": evaluation.main, "tests/toy.py": toy.main, **{
