@@ -116,7 +116,7 @@ TABLES = {  # {table: {world: {row: flags}}}
 }
 MAINS = {"save.py": save.main, "eval.py": evaluation.main, "tests/toy.py": toy.main, **{
     f"tests/forks/{fork.__name__}.py": fork.main for fork in (best, kept, offline, prime, r2m, reinforce_pp)}}
-END = ("reward_spread", "value_bias", "kept", "valid", "kl", "reward_shift")  # of metrics.jsonl, kept with a run
+END = ("reward_spread", "value_bias", "kept", "valid", "kl")  # of metrics.jsonl, kept with a run
 
 def call(script, *words):
     """main() of one of our scripts in this process; its output goes to the file that error messages name."""
@@ -323,17 +323,16 @@ def initial_accuracy(rows):
 
 def bf16_table(rows):
     """Markdown lines: of each rate and precision the change of accuracy, as the loop sees it and of rm/ as saved."""
-    lines = ["| few, its RM on the bf16 grid | RM gain, in the loop | of rm/ as saved | gold | reward_shift | seeds |",
-             "|---" * 6 + "|"]
+    lines = ["| few, its RM on the bf16 grid | RM gain, in the loop | of rm/ as saved | gold | seeds |",
+             "|---" * 5 + "|"]
     for name in filter(rows.get, BF16):
         runs = rows[name]
         start = [statistics.mean(run["init"].values()) for run in runs.values()]
         loop, saved = ([statistics.mean(run[key].values()) - x for run, x in zip(runs.values(), start)]
                        for key in ("after", "saved"))
-        lines.append(f"| {name} | {mean_and_error(loop, '+')} | {mean_and_error(saved, '+')} | " + " | ".join(
-            mean_and_error(x) for x in ([run["gold"]["sampled"] for run in runs.values()],
-                                        [run["end"]["reward_shift"] for run in runs.values()]))
-                     + f" | {min(runs)} to {max(runs)} |")
+        gold = mean_and_error([run["gold"]["sampled"] for run in runs.values()])
+        lines.append(f"| {name} | {mean_and_error(loop, '+')} | {mean_and_error(saved, '+')} | {gold} | "
+                     f"{min(runs)} to {max(runs)} |")
     return lines
 
 def gains_of(row, initial):
@@ -396,8 +395,8 @@ def shown(runs):
     """Markdown lines of the map, then of every world that has runs, its rows in the order of TABLES."""
     lines = [*overview(runs), ""]
     for world in runs:
-        names = dict.fromkeys(name for rows in TABLES.values() for name in rows.get(world, ()) if name not in BF16)
-        lines += [*table(runs[world], world, names), ""]
+        names = {name: 0 for rows in TABLES.values() for name in rows.get(world, ()) if name not in BF16}.keys()
+        lines += [*table(runs[world], world, names), ""] if names & runs[world].keys() else []
         lines += [*bf16_table(runs[world]), ""] if BF16.keys() & runs[world] else []
     return lines
 
