@@ -32,7 +32,8 @@ WAITS = {  # function of save.py: how often the host may wait in it, for each ca
     "Policy.forward": {"Policy.forward": 3}, "RewardModel.features": {"RewardModel.features": 1},
     "ShardedAdamW.step": {"ShardedAdamW.step": 1}, "total": {"total": 4}, "Log.time": {"Log.time": 1},
     "score_batch": {"score_batch": 1}, "value_step": {"value_step": 2}, "value_stage": {"value_step": 1},
-    "Log.put": {"save_step": 20, "sample": 1, "value_stage": 6}, "learn": {"save_step": 3}, "record": {"save_step": 5, "value_stage": 5},
+    "Log.put": {"save_step": 20, "sample": 1, "value_stage": 6}, "learn": {"save_step": 3},
+    "record": {"save_step": 5, "value_stage": 5},
     "reward_model_step": {"save_step": 3}, "policy_step": {"save_step": 7}, "response_log_probs": {"save_step": 2}}
 ONCE = {"diagnose", "Policy.from_pretrained", "expect", "RewardModel.save_pretrained", "replaced_folder",
         "ShardedAdamW.__init__"}
