@@ -503,11 +503,11 @@ def evaluate(cfg, path, benchmarks, first):
         scored, by_length = ([bench.attach(row, values) for row in rows] for values in (scores, lengths))
         result = bench.scores(scored)
         draws[name] = bootstrap(bench.scores, scored, cfg.draws, cfg.seed)
-        units = len({unit for unit, _, _ in bench.scores.outcomes(scored)})
+        units, count = len({unit for unit, _, _ in bench.scores.outcomes(scored)}), len(rows)
         results[name] = {**result, "interval": {key: interval(draws[name][key]) for key in result},
-                         "length_only": bench.scores(by_length)["average"], "rows": len(rows), "units": units,
+                         "length_only": bench.scores(by_length)["average"], "rows": count, "units": units,
                          "texts": len(texts), "truncated": cut, "ties": sum(map(bench.ties, scored))}
-        say(f"{path} on {name}: {result['average']:.2f} %, {len(rows)} rows" + f" of {units} prompts" * (units < len(rows)))
+        say(f"{path} on {name}: {result['average']:.2f} %, {count} rows{f' of {units} prompts' * (units < count)}")
         if cfg.out and RANK == 0:
             with open(Path(cfg.out, "scores.jsonl"), "a", encoding="utf-8") as file:
                 for number, row in enumerate(scored, 1):
