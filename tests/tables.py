@@ -71,7 +71,7 @@ CENTRED = {  # what is left of it without one of its parts
     "centred w/o curriculum": [*UPDATES["centred"], "--m0", "0"],
     "centred, policy frozen": [*UPDATES["centred"], "--lr_policy", "0"],
     "centred, group mean as anchor": ["--rm_update", "centred_mean"],
-    "centred, constant as anchor": ["constant", "--rm_update", "centred_mean"]}
+    "centred, constant as anchor": ["constant anchor", "--rm_update", "centred_mean"]}
 GROUPS = {f"{name}, G = {g}": [*flags, "--group", str(g), "--batch", str(128 // g)] for g in (2, 4, 16)
           for name, flags in (("SAVE", []), ("balanced", UPDATES["balanced"]), ("centred", UPDATES["centred"]))}
 PERFECT = {f"{name}, perfect labels": ["perfect", *flags] for name, flags in (
@@ -183,9 +183,9 @@ def run_row(data, world, seed, flags):
         return
     script = flags[0] if flags[:1] and flags[0].endswith(".py") else "save.py"
     words = [data / "rows" / "save" / "rm" if flag == "{save}" else flag for flag in flags
-             if flag not in (script, "perfect", "constant", "grid", "nearest")]
+             if flag not in (script, "perfect", "constant anchor", "grid", "nearest")]
     labels = functools.partial(perfect_label, task) if "perfect" in flags else save.label
-    anchors = constant_anchor if "constant" in flags else save.anchor
+    anchors = constant_anchor if "constant anchor" in flags else save.anchor
     rounded = (lambda target, source, name: target.copy_(source)) if "nearest" in flags else save.dithered
     rm = on_grid(data) if "grid" in flags else data / "value" / "rm"
     with mock.patch.object(save, "label", labels), mock.patch.object(save, "anchor", anchors), \
