@@ -58,7 +58,7 @@ import eval as evaluation  # noqa: E402
 import save  # noqa: E402
 
 SEEDS = [110, 111, 112, 113, 114, 115]
-LATER = dict.fromkeys(("habits", "habits_natural", "weak", "purity"), [300, 301, 302, 303, 304, 305])  # table: seeds
+LATER = dict.fromkeys(("habits", "habits_natural", "weak", "kept", "purity"), [306, 307, 308, 309, 310, 311])  # seeds
 FROZEN = {"frozen RM": ["--rm_update", "none"]}
 UPDATES = {name: ["--rm_update", row] for name, row in (
     ("HL-BT", "hl_bt"), ("Mean Reward", "mean_reward"), ("balanced", "balanced"), ("centred", "centred"))}
@@ -312,6 +312,14 @@ def mean_and_error(values, sign="", digits=2):
     error = f" ±{statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.{digits}f}{error}"
 
+def spans(seeds):
+    """"1 to 3, 7": seeds in order, those that follow on each other together."""
+    runs = []
+    for seed in sorted(seeds):
+        runs, run = (runs[:-1], runs[-1]) if runs and runs[-1][-1] == seed - 1 else (runs, [])
+        runs.append([*run, seed])
+    return ", ".join(" to ".join(map(str, dict.fromkeys([run[0], run[-1]]))) for run in runs)
+
 def initial_accuracy(rows):
     """{seed: mean accuracy over the held-out sets of the world's RM} from its first row, the frozen RM if that was run.
     Not every row starts from it: PRIME's reward model is at first a policy, which tells no pair apart."""
@@ -332,7 +340,7 @@ def bf16_table(rows):
                        for key in ("after", "saved"))
         gold = mean_and_error([run["gold"]["sampled"] for run in runs.values()])
         lines.append(f"| {name} | {mean_and_error(loop, '+')} | {mean_and_error(saved, '+')} | {gold} | "
-                     f"{min(runs)} to {max(runs)} |")
+                     f"{spans(runs)} |")
     return lines
 
 def gains_of(row, initial):
@@ -342,7 +350,8 @@ def gains_of(row, initial):
         statistics.mean(run["init"].values()) if run.get("half") else initial[seed]) for seed, run in row.items()]
 
 def table(runs, world, names):
-    """Markdown lines: the rows of one world that have been run, each over its own seeds, which it names."""
+    """Markdown lines: the rows of one world that have been run, each over its own seeds, which it names; the gains also
+    by how good the initial RM is, where it is better than HALVES on some seeds."""
     rows = {name: runs[name] for name in names if runs.get(name)}
     frozen = rows.get("frozen RM", {})
     initial = initial_accuracy(rows)
@@ -350,20 +359,28 @@ def table(runs, world, names):
     what = ", ".join(f"{label} {statistics.mean(x[key] for x in about.values() if key in x):.2f}" for key, label in (
         ("value_r2", "R2 of V"), ("reward_spread", "SD in a group"), ("kept", "kept"), ("common_push", "common push"))
         if any(key in x for x in about.values()))
+    better = {seed for seed, accuracy in initial.items() if accuracy >= HALVES}
+    halves = {}
+    if 0 < len(better) < len(initial):
+        halves = {f"RM below {HALVES} %": initial.keys() - better, "above": better}
     lines = [f"| {world}: initial RM {mean_and_error(list(initial.values()))} %; {what} | RM gain | better | "
-             "gold | minus frozen RM's | gold, greedy | spread x | seeds |", "|---" * 8 + "|"]
+             + "".join(f"{name} | " for name in halves) + "gold | minus frozen RM's | gold, greedy | spread x | seeds |",
+             "|---" * (8 + len(halves)) + "|"]
     for name, row in rows.items():
         gains, golds = gains_of(row, initial), [run["gold"]["sampled"] for run in row.values()]
+        by_half = [[gain for seed, gain in zip(row, gains) if seed in half] for half in halves.values()]
+        by_half = "".join(f"{mean_and_error(half, '+') if half else ''} | " for half in by_half)
         pairs = [run["gold"]["sampled"] - frozen[seed]["gold"]["sampled"]
                  for seed, run in row.items() if seed in frozen]
+        paired = mean_and_error(pairs, "+") if pairs and row is not frozen else ""
         spread = [run["end"]["deflation"] for run in row.values() if "deflation" in run["end"]]
-        seeds = " to ".join(map(str, dict.fromkeys([min(row), max(row)])))
         lines.append(f"| {name} | {mean_and_error(gains, '+')} | {sum(x > 0 for x in gains)} of {len(gains)} | "
-                     f"{mean_and_error(golds)} | {mean_and_error(pairs, '+') if pairs and row is not frozen else ''} | "
+                     f"{by_half}{mean_and_error(golds)} | {paired} | "
                      f"{mean_and_error([run['gold']['greedy'] for run in row.values()])} | "
-                     f"{f'{statistics.mean(spread):.2f}' if spread else ''} | {seeds} |")
+                     f"{f'{statistics.mean(spread):.2f}' if spread else ''} | {spans(row)} |")
     return lines
 
+HALVES = 85  # % of pairs right: a better RM has next to nothing left to gain
 CELLS = {  # the map of README.md
     "few": "few labels, spread 30: the laptop run",
     "habits": "prompts differ in difficulty, 1,000 labels, spread 5, m0 1",
@@ -383,7 +400,8 @@ def overview(runs):
             cells = [mean_and_error(list(initial.values()), digits=1)]
             for name in ("SAVE", "HL-BT", "centred"):
                 gains = gains_of(rows.get(name, {}), initial)
-                cells.append(f"{mean_and_error(gains, '+')} ({sum(x > 0 for x in gains)})" if gains else "")
+                better = f"({sum(x > 0 for x in gains)} of {len(gains)})"
+                cells.append(f"{mean_and_error(gains, '+')} {better}" if gains else "")
             cells.append(f"{statistics.mean(run['gold']['sampled'] for run in frozen.values()):.1f}")
             cells += [mean_and_error([run["gold"]["sampled"] - frozen[seed]["gold"]["sampled"]
                                       for seed, run in rows[name].items()], "+", 1) if name in rows else ""
@@ -417,7 +435,7 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/map")
     parser.add_argument("--worlds", nargs="+", choices=toy.WORLDS)
     parser.add_argument("--rows", nargs="+", help="by name; frozen RM, SAVE, ...")
-    parser.add_argument("--seeds", nargs="+", type=int, help="six: 110 to 115, those of the later tables 300 to 305")
+    parser.add_argument("--seeds", nargs="+", type=int, help="six: 110 to 115, those of the later tables 306 to 311")
     parser.add_argument("--heldout", type=int, help="pairs of a held-out set of the worlds that are built")
     parser.add_argument("--there", help="a folder whose worlds are copied instead of built, if their sets are as large")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())

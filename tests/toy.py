@@ -227,12 +227,10 @@ def write_model(path, model, tokenizer):
     tokenizer.save_pretrained(path)
 
 # ---- models
-def chat_ids(tokenizer, prompt, response=None):
-    """Token ids of a prompt up to where the response starts, or of a prompt and its response."""
-    messages = [{"role": "user", "content": prompt}]
-    if response is None:
-        return save.encode_chats(tokenizer, [messages], generation_prompt=True)[0]
-    return save.encode_chats(tokenizer, [messages + [{"role": "assistant", "content": response}]])[0]
+def chat_ids(tokenizer, prompts):
+    """For each prompt its token ids, up to where the response starts."""
+    return save.encode_chats(tokenizer, [[{"role": "user", "content": prompt}] for prompt in prompts],
+                             generation_prompt=True)
 
 def train_policy(path, steps, seed, task="binary", start=None, rate=3e-3):
     """Supervised fine-tuning on demonstrations, every batch fresh, from scratch or from the policy folder `start`;
@@ -301,10 +299,11 @@ def write_scaled(path, source, factor, tokenizer):
     model.score.weight.data *= factor
     write_model(path, model, tokenizer)
 
-def sample(policy, prompts, group, seed, top_k=0):
-    """For each prompt, `group` (token ids, text) at temperature 1; the most likely one with top_k=1."""
-    ids = [chat_ids(policy.tokenizer, prompt) for prompt in prompts]
-    seeds = [save.seed_for(seed, row) for row in range(len(ids) * group)]
+def sample(policy, prompts, group, seed, top_k=0, first=0):
+    """For each prompt, `group` (token ids, text) at temperature 1; the most likely one with top_k=1.
+    first: how many prompts come before these, where they are sampled in parts."""
+    ids = chat_ids(policy.tokenizer, prompts)
+    seeds = [save.seed_for(seed, first * group + row) for row in range(len(ids) * group)]
     rows, _ = save.rollout(policy, ids, group, seeds, max_new_tokens=12, temperature=1.0, top_p=1.0, top_k=top_k)
     pairs = list(zip(rows, policy.tokenizer.batch_decode(rows, skip_special_tokens=True)))
     return [pairs[i:i + group] for i in range(0, len(pairs), group)]
@@ -318,8 +317,8 @@ def rm_scores(rm, prompts, responses):
 
 def rm_accuracy(rm, rows):
     """Share of pairs with the chosen response ahead, in percent; a tie is a miss."""
-    chosen, rejected = (rm_scores(rm, [row["prompt"] for row in rows], [row[side] for row in rows])
-                        for side in ("chosen", "rejected"))
+    sides = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
+    chosen, rejected = rm_scores(rm, *zip(*sides)).view(-1, 2).T
     return 100 * (chosen > rejected).double().mean().item()
 
 def train_grpo(policy_dir, prompts, reward, steps, seed, desc):
@@ -335,7 +334,7 @@ def train_grpo(policy_dir, prompts, reward, steps, seed, desc):
                 for ids, text in group]
         rewards = reward([prompt for prompt, _, _ in rows], [text for _, _, text in rows]).view(16, 8)
         advantages = save.grpo_advantages(rewards, torch.ones_like(rewards, dtype=torch.bool)).flatten()
-        asked = {prompt: chat_ids(policy.tokenizer, prompt) for prompt in batch}
+        asked = dict(zip(batch, chat_ids(policy.tokenizer, batch)))
         inputs = save.model_inputs([(asked[prompt] + ids, len(asked[prompt])) for prompt, ids, _ in rows], "cpu")
         log_probs, mask = policy(*inputs, 1.0)
         with torch.no_grad():
@@ -363,14 +362,18 @@ def gold_reward(policy_dir, prompts, *how):
 # ---- pairs and worlds
 def sampled_pairs(policy, prompts, rng, seed, limit=None, task="binary"):
     """For each prompt two of 8 samples, the better one chosen; prompts whose samples are equally good are left out."""
-    rows = []
-    for prompt, group in zip(prompts, sample(policy, prompts, 8, seed)):
-        texts = sorted({text for _, text in group if text})
-        scores = {text: gold(prompt, text, task) for text in texts}
-        ranked = [pair for pair in itertools.permutations(texts, 2) if scores[pair[0]] > scores[pair[1]]]
-        if ranked:
-            chosen, rejected = rng.choice(ranked)
-            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    rows, part = [], 250  # prompts at a time: memory of all rows at once costs half of the time
+    for first in range(0, len(prompts), part):
+        if limit and len(rows) >= limit:
+            break
+        some = prompts[first:first + part]
+        for prompt, group in zip(some, sample(policy, some, 8, seed, first=first)):
+            texts = sorted({text for _, text in group if text})
+            scores = {text: gold(prompt, text, task) for text in texts}
+            ranked = [pair for pair in itertools.permutations(texts, 2) if scores[pair[0]] > scores[pair[1]]]
+            if ranked:
+                chosen, rejected = rng.choice(ranked)
+                rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows[:limit]
 
 def edited_pairs(prompts, rng, flourish=False):
