@@ -221,6 +221,43 @@ def policy_golds(data, out, task):
         file.write_text(json.dumps({name: x.mean(1).tolist() for name, x in golds.items()}))
     return json.loads(file.read_text())
 
+def heldout_right(data, out):
+    """{set: (its prompts, (n,) 1 where a row's reward model has the chosen response ahead)}, kept in right.json."""
+    rows = {path.stem[8:]: measure.read_rows(path) for path in sorted(data.glob("heldout_*.jsonl"))}
+    file, folder = out / "right.json", out / "rm" if (out / "rm").is_dir() else data / "rm"
+    if not file.is_file():
+        rm = save.RewardModel.from_pretrained(str(folder))
+        file.write_text(json.dumps({name: toy.rm_right(rm, pairs).int().tolist() for name, pairs in rows.items()}))
+    return {name: ([pair["prompt"] for pair in rows[name]], torch.tensor(right).double())
+            for name, right in json.loads(file.read_text()).items()}
+
+def add_interval(data, flags):
+    """result.json of a row gets the 95 % interval over prompts of its gain, in points."""
+    out = data / "rows" / slug(flags)
+    result = json.loads((out / "result.json").read_text())
+    if "interval" not in result:
+        sets = measure.changes(heldout_right(data, data), heldout_right(data, out))
+        if result["half"]:  # the other pairs have chosen the checkpoint
+            sets = [(prompts[1::2], change[1::2]) for prompts, change in sets]
+        result["interval"] = measure.interval(sets)
+        (out / "result.json").write_text(json.dumps(result))
+
+def guard_table(world, rows):
+    """Markdown lines: of the rows with intervals how they did on their worst seed, against the initial RM."""
+    initial = initial_accuracy(rows)
+    lines = [f"| {world}: the same, seed by seed | RM gain | its worst seed, 95 % interval over prompts | worse beyond "
+             "its interval | better beyond it |", "|---" * 5 + "|"]
+    for name, row in rows.items():
+        row = {seed: run for seed, run in row.items() if "interval" in run}
+        if row:
+            gains = gains_of(row, initial)
+            ends = [run["interval"] for run in row.values()]
+            worst = min(range(len(gains)), key=gains.__getitem__)
+            low, high = ends[worst]
+            lines.append(f"| {name} | {mean_and_error(gains, '+')} | {gains[worst]:+.2f} [{low:+.2f}, {high:+.2f}] | "
+                         f"{sum(high < 0 for _, high in ends)} of {len(ends)} | {sum(low > 0 for low, _ in ends)} |")
+    return lines if len(lines) > 2 else []
+
 def perfect_label(task, run, batch):
     """(P,G) for save.label: inf for responses whose gold is at least their group's mean, -inf for the others."""
     asked = [messages[-1]["content"] for messages, _ in batch.prompts for _ in range(run.cfg.group)]
@@ -415,6 +452,8 @@ def shown(runs):
     for world in runs:
         names = {name: 0 for rows in TABLES.values() for name in rows.get(world, ()) if name not in BF16}.keys()
         lines += [*table(runs[world], world, names), ""] if names & runs[world].keys() else []
+        guarded = guard_table(world, runs[world])
+        lines += [*guarded, ""] if guarded else []
         lines += [*bf16_table(runs[world]), ""] if BF16.keys() & runs[world] else []
     return lines
 
@@ -474,9 +513,14 @@ def main(argv=None):
             wait({pool.submit(purity.measure, out / f"{world}-{seed}", world, seed): f"{world}, seed {seed}: its labels"
                   for world, seed in worlds})
             return print("\n".join(purity.write(out)))
+        if args.table == "kept":
+            wait({pool.submit(add_interval, out / f"{world}-{seed}", flags): f"{world}, seed {seed}: {name}, interval"
+                  for world, seed, name, flags in todo if flags != FROZEN["frozen RM"]})
     runs = write(out)
     for world in dict.fromkeys(world for world, _ in worlds):
         print("\n".join(bf16_table(runs[world]) if args.table == "bf16" else table(runs[world], world, rows_of[world])))
+        if args.table == "kept":
+            print("\n".join(guard_table(world, runs[world])))
         if args.table == "compare":
             rows = {name: flags for name, flags in rows_of[world].items()
                     if name in (args.rows or known) and flags != FROZEN["frozen RM"]}

@@ -64,8 +64,9 @@ def test_every_row_runs_once(tmp_path, quick, table, world):
     runs = run(tmp_path, table, "--seeds", 10, 11, "--worlds", world)[world]
     assert runs.keys() >= rows.keys() and all(list(runs[name]) == [10, 11] for name in rows)
     assert len([call for call in quick if call[1:3] == ["--stage", "save"]]) == 2 * len(rows)
-    lines = (tmp_path / "results.md").read_text().splitlines()
-    assert len({line.count("|") for line in lines if line}) == 1
+    parts = [part.splitlines() for part in (tmp_path / "results.md").read_text().strip().split("\n\n")]
+    assert all(len({line.count("|") for line in lines}) == 1 for lines in parts)
+    [lines] = [lines for lines in parts if "gold, greedy" in lines[0]]
     for name in rows:
         gains = [statistics.mean(r["after"].values()) - statistics.mean(
             (r if "held-out" in name else runs["frozen RM"][seed])["init"].values()) for seed, r in runs[name].items()]
@@ -231,6 +232,29 @@ def test_a_table_by_hand():
     assert "| better | RM below 85 % | above | gold |" in head and head.count("|") == ours.count("|")
     assert ours.startswith("| SAVE | +0.75 ±0.25 | 2 of 2 | +1.00 | +0.50 | 35.00 ±15.00 |")
 
+def test_the_worst_seed_by_hand():
+    """A row is as safe as its worst seed; an interval that ends below 0 is harm, one that begins above it a gain."""
+    runs = {"frozen RM": {1: result(0, 10.0), 2: result(0, 30.0)}, "SAVE": {
+        1: result(1, 20.0) | {"interval": [0.5, 1.5]}, 2: result(-3, 50.0) | {"interval": [-4.0, -1.9]}}}
+    assert tables.guard_table("few", runs)[2:] == ["| SAVE | -1.00 ±2.00 | -3.00 [-4.00, -1.90] | 1 of 2 | 1 |"]
+    assert tables.guard_table("few", {"frozen RM": runs["frozen RM"]}) == []
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_interval_of_a_row_is_that_of_its_pairs(tmp_path, monkeypatch, half):
+    """6 pairs of 6 prompts, of which the row gets two more right: of the rows that did not choose, one of three."""
+    toy.write_rows(tmp_path / "heldout_id.jsonl", [{"prompt": f"{i}"} for i in range(6)])
+    (tmp_path / "rows" / "save").mkdir(parents=True)
+    (tmp_path / "rows" / "save" / "result.json").write_text(f'{{"half": {str(half).lower()}}}')
+    scores = iter([[0, 0, 0, 0, 1, 1], [1, 1, 0, 0, 1, 1]])
+    monkeypatch.setattr(save.RewardModel, "from_pretrained", lambda folder: None)
+    monkeypatch.setattr(toy, "rm_right", lambda rm, pairs: torch.tensor(next(scores)))
+    tables.add_interval(tmp_path, [])
+    tables.add_interval(tmp_path, [])  # it is there: nothing is scored again
+    change = torch.tensor([0.0, 1, 0]) if half else torch.tensor([1.0, 1, 0, 0, 0, 0])
+    want = tables.measure.interval([([f"{i}" for i in range(len(change))], change.double())])
+    found = tables.json.loads((tmp_path / "rows" / "save" / "result.json").read_text())["interval"]
+    assert found == pytest.approx(want) and want[1] > want[0]
+
 def test_seeds_are_named_by_where_they_are():
     assert [tables.spans(seeds) for seeds in ([3], [5, 4], [311, 110, 111, 112, 300, 306, 307])] == [
         "3", "4 to 5", "110 to 112, 300, 306 to 307, 311"]
@@ -243,6 +267,7 @@ def test_the_committed_results_and_their_page_say_the_same():
     for world, rows in tables.read_results(PAGE / "results.jsonl").items():
         names = dict.fromkeys(name for table in tables.TABLES.values() for name in table.get(world, ()))
         assert "\n".join(tables.table(rows, world, names)) in page, world
+        assert "\n".join(tables.guard_table(world, rows)) in page, world
         for name, runs in rows.items():
             first = {seed: run["init"] for seed, run in (runs if "held-out" in name else rows["frozen RM"]).items()}
             gains = [statistics.mean(run["after"].values()) - statistics.mean(first[seed].values())

@@ -315,11 +315,15 @@ def rm_scores(rm, prompts, responses):
                                                [response for _, response in group])]
     return save.score(rm, chats, 8192)[0]
 
-def rm_accuracy(rm, rows):
-    """Share of pairs with the chosen response ahead, in percent; a tie is a miss."""
+def rm_right(rm, rows):
+    """(n,) bool, whether the chosen response of a pair is ahead; a tie is a miss."""
     sides = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
     chosen, rejected = rm_scores(rm, *zip(*sides)).view(-1, 2).T
-    return 100 * (chosen > rejected).double().mean().item()
+    return chosen > rejected
+
+def rm_accuracy(rm, rows):
+    """Share of pairs with the chosen response ahead, in percent."""
+    return 100 * rm_right(rm, rows).double().mean().item()
 
 def train_grpo(policy_dir, prompts, reward, steps, seed, desc):
     """A policy trained by plain GRPO (16 prompts x 8, KL .04, one update a batch) on reward(prompts, texts)."""
