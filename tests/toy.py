@@ -524,7 +524,7 @@ def workers(jobs, log):
     if jobs == 1:
         yield Here()
         return
-    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), quiet, (log,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("forkserver"), quiet, (log,)) as pool:
         yield pool
 
 def build_world(path, world="few", seed=0, many=None, jobs=1):
@@ -544,8 +544,8 @@ def build_world(path, world="few", seed=0, many=None, jobs=1):
         write_rows(path / f"{file}.jsonl", [{"prompt": prompt} for prompt in prompts[name]])
     with workers(jobs, path / "build.log") as pool:
         def sets(*names):
-            return [pool.submit(heldout, path, world, seed, name, prompts, many)
-                    for name in names if name in spec.sets.split()]
+            return {name: pool.submit(heldout, path, world, seed, name, prompts, many)
+                    for name in names if name in spec.sets.split()}
 
         parts = sets("hard")  # it needs nothing, and the pool starts while the policy learns
         build_policy(path, world, seed)
@@ -554,7 +554,7 @@ def build_world(path, world="few", seed=0, many=None, jobs=1):
             lambda: pool.submit(gold_reward, path / "policy", prompts["test"], 0, 4, task))
 
         def of_the_policy():
-            parts.extend(sets("id", "long"))
+            parts.update(sets("id", "long", "neu"))
             policy_gold()
 
         if spec.pairs and (path / "rm" / "tokenizer.json").is_file():  # as another world left it
@@ -562,16 +562,17 @@ def build_world(path, world="few", seed=0, many=None, jobs=1):
         else:
             build_rm(path, world, seed, prompts["asked"], pool, jobs, of_the_policy)
         lap("rm")
-        spread = pool.submit(reward_sd, path, seed, prompts["test"])
-        for part in parts + sets("onp", "neu"):
+        parts.update(sets("onp"))
+        spread, accuracies = pool.submit(reward_sd, path, seed, prompts["test"]), {}
+        for name, part in parts.items():
             part.result()
+            if (path / f"heldout_{name}.jsonl").is_file():
+                accuracies[name] = pool.submit(set_accuracy, path, path / f"heldout_{name}.jsonl")
         lap("held-out pairs")
-        files = {file.stem[8:]: file for file in sorted(path.glob("heldout_*.jsonl"))}
-        accuracies = {name: pool.submit(set_accuracy, path, file) for name, file in files.items()}
-        summary = {"world": world, "seed": seed, "sizes": {
-            name: len(read_prompts(file)) for name, file in {"pairs": path / "pairs.jsonl", **files}.items()},
-            "policy_gold": policy_gold().result(), "reward_sd": spread.result(),
-            "rm_accuracy": {name: future.result() for name, future in accuracies.items()}}
+        sizes = {name: len(read_prompts(path / f"heldout_{name}.jsonl")) for name in sorted(accuracies)}
+        summary = {"world": world, "seed": seed, "sizes": {"pairs": len(read_prompts(path / "pairs.jsonl")), **sizes},
+                   "policy_gold": policy_gold().result(), "reward_sd": spread.result(),
+                   "rm_accuracy": {name: accuracies[name].result() for name in sizes}}
     lap("measured")
     (path / "world.json").write_text(json.dumps({**summary, "seconds": seconds}, indent=1) + "\n")
     return {**summary, "seconds": seconds}
