@@ -69,6 +69,7 @@ class Pretence(contextlib.ExitStack):
         patches = [*(patch.object(kind, "from_pretrained", self.outside(kind.from_pretrained)) for kind in (
             save.AutoModelForCausalLM, save.AutoModelForSequenceClassification)), patch.multiple(
             torch.cuda, is_available=lambda: True, max_memory_allocated=lambda: self.peak, synchronize=self.wait,
+            is_current_stream_capturing=lambda: False,  # a torch for GPUs would ask the driver
             reset_peak_memory_stats=lambda: setattr(self, "peak", self.live), memory_allocated=lambda: self.live,
             memory_reserved=lambda: self.live, mem_get_info=lambda: (self.size - self.live, self.size),
             set_device=lambda device: setattr(self, "current", torch.device(device).index or 0)), patch.multiple(

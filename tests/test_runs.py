@@ -252,6 +252,14 @@ def test_what_resume_refuses(world, alone, capsys):
 def plain(anchored, tmp_path_factory):
     return run(anchored, tmp_path_factory.mktemp("plain") / "out", save_every=1)
 
+def test_without_m0_nothing_is_set_aside(anchored, plain, tmp_path):
+    out = run(anchored, tmp_path / "out", m0=0)
+    ours, filtered = ({name: metrics(path)["save", 1][name] for name in ("threshold", "kept", "truncated")}
+                      for path in (out, plain))
+    assert ours["threshold"] == 0.5 and filtered["threshold"] == 0.75
+    assert ours["kept"] == pytest.approx(1 - ours["truncated"]) and ours["kept"] >= filtered["kept"]
+    assert max(distance(plain, out, file) for file in (RM, POLICY)) > 1e-7
+
 def first_masters(out, part):
     """The fp32 weights of a model after step 1, by name."""
     state = torch.load(out / "checkpoints/step_000001/rank_00000.pt", weights_only=True)["optimizers"]
@@ -261,7 +269,7 @@ def first_masters(out, part):
     ({"offload": True}, ()), ({"micro_tokens": 1}, ()), ({"cache_tokens": 8 * 44}, ()),
     ({"algo": "gspo"}, ()),  # one optimizer step per rollout: every ratio is 1
     ({"algo": "rloo"}, (POLICY,)), ({"kl_coef": 1e4}, (POLICY,)), ({"lr_schedule": "linear"}, (HEAD, POLICY)),
-    ({"rm_update": "mean_reward"}, MODELS), ({"rm_update": "none"}, (POLICY,)), ({"m0": 0}, (RM, POLICY))], ids=str)
+    ({"rm_update": "mean_reward"}, MODELS), ({"rm_update": "none"}, (POLICY,))], ids=str)
 def test_each_choice_changes(anchored, plain, tmp_path, flags, changed):
     out = run(anchored, tmp_path / "out", save_every=1, **flags)
     trained = {"policy": POLICY} if flags == {"rm_update": "none"} else {"rm": RM, "value": HEAD, "policy": POLICY}
