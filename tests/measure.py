@@ -22,6 +22,14 @@ def world_task(data):
     world = json.loads(file.read_text()).get("world", "few") if file.is_file() else ""
     return toy.WORLDS[world].task if world in toy.WORLDS else None
 
+def spans(seeds):
+    """"1 to 3, 7": seeds in order, those that follow on each other together."""
+    runs = []
+    for seed in sorted(seeds):
+        runs, run = (runs[:-1], runs[-1]) if runs and runs[-1][-1] == seed - 1 else (runs, [])
+        runs.append([*run, seed])
+    return ", ".join(" to ".join(map(str, dict.fromkeys([run[0], run[-1]]))) for run in runs)
+
 class Logs:
     """metrics.jsonl and samples.jsonl of a run. task: of its world, which knows gold; without, rows have no gold."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import toy
 import torch
+from measure import spans
 
 import save
 
@@ -76,7 +77,7 @@ def measure(data, world, seed):
 
 def lines_of(world, runs):
     """Markdown lines of one world. runs: {seed: {anchor: {column: number}}}."""
-    head = f"{world}, seeds {', '.join(map(str, runs))}"
+    head = f"{world}, seeds {spans(runs)}"
     lines = [f"| {head} | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for anchor in next(iter(runs.values())):
         cells = []

@@ -349,14 +349,6 @@ def mean_and_error(values, sign="", digits=2):
     error = f" ±{statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.{digits}f}{error}"
 
-def spans(seeds):
-    """"1 to 3, 7": seeds in order, those that follow on each other together."""
-    runs = []
-    for seed in sorted(seeds):
-        runs, run = (runs[:-1], runs[-1]) if runs and runs[-1][-1] == seed - 1 else (runs, [])
-        runs.append([*run, seed])
-    return ", ".join(" to ".join(map(str, dict.fromkeys([run[0], run[-1]]))) for run in runs)
-
 def initial_accuracy(rows):
     """{seed: mean accuracy over the held-out sets of the world's RM} from its first row, the frozen RM if that was run.
     Not every row starts from it: PRIME's reward model is at first a policy, which tells no pair apart."""
@@ -377,7 +369,7 @@ def bf16_table(rows):
                        for key in ("after", "saved"))
         gold = mean_and_error([run["gold"]["sampled"] for run in runs.values()])
         lines.append(f"| {name} | {mean_and_error(loop, '+')} | {mean_and_error(saved, '+')} | {gold} | "
-                     f"{spans(runs)} |")
+                     f"{measure.spans(runs)} |")
     return lines
 
 def gains_of(row, initial):
@@ -414,13 +406,13 @@ def table(runs, world, names):
         lines.append(f"| {name} | {mean_and_error(gains, '+')} | {sum(x > 0 for x in gains)} of {len(gains)} | "
                      f"{by_half}{mean_and_error(golds)} | {paired} | "
                      f"{mean_and_error([run['gold']['greedy'] for run in row.values()])} | "
-                     f"{f'{statistics.mean(spread):.2f}' if spread else ''} | {spans(row)} |")
+                     f"{f'{statistics.mean(spread):.2f}' if spread else ''} | {measure.spans(row)} |")
     return lines
 
 HALVES = 85  # % of pairs right: a better RM has next to nothing left to gain
 CELLS = {  # the map of README.md
     "few": "few labels, spread 30: the laptop run",
-    "habits": "prompts differ in difficulty, 1,000 labels, spread 5, m0 1",
+    "habits": "prompts differ in difficulty, 1,000 labels, spread 6, m0 1",
     "habits_natural": "the same, spread 4, m0 0.5", "weak": "the same, 300 labels, m0 1",
     "spread_9": "few labels, spread 9", "spread_3": "few labels, spread 3",
     "pairs_300": "300 labels, spread 30", "pairs_1000": "1,000 labels", "pairs_4000": "4,000 labels",

@@ -256,7 +256,7 @@ def test_the_interval_of_a_row_is_that_of_its_pairs(tmp_path, monkeypatch, half)
     assert found == pytest.approx(want) and want[1] > want[0]
 
 def test_seeds_are_named_by_where_they_are():
-    assert [tables.spans(seeds) for seeds in ([3], [5, 4], [311, 110, 111, 112, 300, 306, 307])] == [
+    assert [tables.measure.spans(seeds) for seeds in ([3], [5, 4], [311, 110, 111, 112, 300, 306, 307])] == [
         "3", "4 to 5", "110 to 112, 300, 306 to 307, 311"]
 
 def test_the_committed_results_and_their_page_say_the_same():
