@@ -272,7 +272,7 @@ def test_the_quick_mode_goes_on_where_it_was(small, tmp_path, monkeypatch):
         config = json.loads((out / "logs" / quick.name_of(spec) / "metrics.jsonl").read_text().splitlines()[0])["config"]
         named = {"rm_update": spec.update, "lr_rm": spec.lr, "seed": spec.seed, "keep": spec.keep,
                  "group": 2 if "gpt4" in spec.labels else 4, "m0": 0.0 if spec.head == 1 else 0.5}
-        assert {name: config[name] for name in named} == named and len(run["curve"]) == 3
+        assert {name: config[name] for name in named} == named and len(run["accuracy"]) == 3
     moved = {run["update"] + run["labels"] + "kept" * (run["keep"] > 0): run.get("moved", [0])[-1] for run in runs}
     assert moved["saveown"] > 0 and moved["offlinegpt4"] > 0  # each of them learned
     monkeypatch.setattr(save, "learn", lambda *_: pytest.fail("a finished run ran again"))
