@@ -78,6 +78,8 @@ def main(argv=None):
     args, flags = parser.parse_known_args(argv)  # the rest goes to save.py's joint training
     if args.quick:
         import real_quick  # it imports this file
+        if flags or args.rm or args.head != 1 or args.methods != list(METHODS):
+            parser.error("--quick has reward models, heads, methods and flags of its own")
         return real_quick.main(args)
     size, out = FULL, Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -106,7 +106,6 @@ def table_of(out, names):
     sizes = [sum(map(len, tables)) for tables in parts]
     return torch.cat(sum(parts, [])), dict(zip(names, [0, *itertools.accumulate(sizes)]))
 
-
 def world_of(out, names):
     """The table of some names, {name: chats on it}, {name: items of `stored`}, the index of `prepare`."""
     index = torch.load(Path(out, "index.pt"), weights_only=False)
@@ -142,11 +141,14 @@ def bradley_terry_fit(gaps, weights, strength):
     """argmin_w of sum_i weights_i * -log sigmoid(gaps_i w) + strength / 2 |w|^2, convex, by Newton. gaps (n,H): chosen
     minus rejected, weights (n,), both fp64 -> (H,)."""
     w, weight = gaps.new_zeros(gaps.shape[1]), strength * torch.eye(gaps.shape[1], dtype=gaps.dtype)
-    for _ in range(30):
+    for _ in range(100):
         wrong = torch.sigmoid(-gaps @ w)
         hessian = gaps.T @ (gaps * (weights * wrong * (1 - wrong))[:, None]) + weight
-        w = w - torch.linalg.solve(hessian, strength * w - gaps.T @ (weights * wrong))
-    return w
+        step = torch.linalg.solve(hessian, strength * w - gaps.T @ (weights * wrong))
+        w = w - step
+        if step.norm() <= 1e-12 + 1e-10 * w.norm():
+            return w
+    raise ArithmeticError("no minimum was found")
 
 def even(longer):
     """Weights (n,) that sum to 1, half of it on the pairs whose chosen answer is the longer one, bool (n,)."""

@@ -255,6 +255,12 @@ def test_what_a_step_moves(monkeypatch):
     quick.score_batch(run, batch, plain)
     assert run.log.record["moved"] == pytest.approx(0.1, abs=1e-5)  # what all rewards do together is not in it
 
+def test_the_quick_mode_takes_no_flags_that_it_would_not_use(small, monkeypatch):
+    monkeypatch.setattr(quick, "main", lambda args: pytest.fail("it ran"))
+    for words in (["--rm", "x"], ["--head", "3"], ["--methods", "save"], ["--steps", "3"]):
+        with pytest.raises(SystemExit):
+            real.main([*small, *words])
+
 @pytest.mark.slow
 def test_the_quick_mode_goes_on_where_it_was(small, tmp_path, monkeypatch):
     plan = [quick.Spec("save"), quick.Spec("centred", "random", seed=1), quick.Spec("offline", "gpt4"),
