@@ -42,7 +42,7 @@ TOP, LAYERS, GROUP, BLOCK, OWN = 2, 22, 8, 16, 150  # OWN: pairs of the head's f
 SIZE = {"tokens": 320, "prompt": 80, "pairs": 10 ** 6, "suffix": " Answer in one short sentence."}
 PROMPTS = {"value": 128, "0": 80, "1": 80}  # those of V, then those of each seed's steps
 FLAGS = ("--device cpu --dtype float32 --save_every 0 --steps 20 --eval_every 10 --batch 4 --max_new_tokens 64 "
-         "--max_prompt_tokens 80 --value_k 4 --value_epochs 60 --lr_value 3e-5 --micro_tokens 1024")
+         "--max_prompt_tokens 80 --value_k 4 --value_epochs 60 --micro_tokens 1024")
 
 def made(out, name, make):
     """The file out/NAME, if it is not there from make(); its CPU seconds are a line of out/cpu.jsonl."""
@@ -264,13 +264,14 @@ def best_of(curve, prompts):
     chosen = [losses[:, half != side].mean(1).argmin().item() for side in (0, 1)]
     return torch.where((half == 0)[:, None], curve[chosen[0]], curve[chosen[1]]), chosen
 
-def splits(rewards, values, spread):
-    """Of pairs that V splits, both answers beyond `margin` spreads: {margin: [how many, % with the chosen in Y+]}."""
-    found = {}
-    for margin in (0, 0.5, 1):
-        a = save.rm_advantages(rewards, values)
-        split = (a[:, 0] * a[:, 1] < 0) & (a.abs() >= margin * spread).all(1)
-        found[str(margin)] = [split.sum().item(), 100 * (a[split, 0] > 0).float().mean().item()]
+def splits(rewards, values, spread, prompts):
+    """Of pairs (n,2) that V (n,) splits, both answers `margin` spreads or more from it: how many, and the share, in %,
+    with the chosen one in Y+: {margin: [count, share, low, high]}."""
+    found, a = {}, save.rm_advantages(rewards, values)
+    for margin in (0.0, 0.5, 1.0):
+        rows = ((a[:, 0] * a[:, 1] < 0) & (a.abs() >= margin * spread).all(1)).nonzero()[:, 0].tolist()
+        share = with_interval([prompts[row] for row in rows], 100.0 * (a[rows, 0] > 0)) if rows else []
+        found[f"{margin:g}"] = [len(rows), *share]
     return found
 
 # ---- runs
@@ -283,13 +284,16 @@ class Spec(NamedTuple):
     keep: float = 0.0  # of kept.py
     head: float = 1.0  # factor of the head; 1: all answers are kept, else Table 8's --m0
     rm: str = "all"  # weights of the pairs its head is fitted to: all, even (in length)
+    lr_value: float = 3e-5  # 6e-4: V follows what an update of SAVE does to all rewards of a group
 
 MAIN = [("save", "own"), ("centred", "own"), ("hl_bt", "own"), ("mean_reward", "own"), ("offline", "gpt4"),
         ("centred", "random"), ("centred", "flipped"), ("centred", "gpt4")]
-PLAN = [Spec(*pair, seed=seed) for seed in (0, 1) for pair in MAIN]  # what matters most comes first
-PLAN += [Spec(update, keep=keep) for keep in (0.1, 1.0, 0.03, 0.3) for update in ("centred", "save")]
-PLAN += [Spec(*pair, lr=1e-5) for pair in MAIN[:5]]
+PLAN = [Spec(*pair, seed=seed) for seed in (0, 1) for pair in MAIN]
+PLAN += [Spec(seed=seed, lr_value=6e-4) for seed in (0, 1)]
 PLAN += [Spec(*pair, seed=seed) for pair in (("save", "random"), ("centred", "gpt4 random")) for seed in (0, 1)]
+PLAN += [Spec("centred", keep=keep) for keep in (0.03, 0.1, 0.3, 1.0)]
+PLAN += [Spec("save", keep=keep, lr_value=6e-4) for keep in (0.03, 0.1, 0.3, 1.0)]
+PLAN += [Spec(*pair, lr=1e-5) for pair in MAIN[:5]]
 PLAN += [Spec(update, **more) for more in ({"rm": "even"}, {"head": 5.0}) for update in ("save", "centred")]
 
 def score_batch(run, batch, plain=save.score_batch):
@@ -329,8 +333,9 @@ def run_once(out, spec):
     pairs, of_pairs = list(zip(chats["train"][0::2], chats["train"][1::2])), "gpt4" in spec.labels
     items = [([{"role": "user", "content": prompt}], pair, [True, True]) for prompt, pair
              in zip(index["train"]["prompts"], pairs)] if of_pairs else items[str(spec.seed)]
-    flags = [*FLAGS.split(), "--lr_rm", str(spec.lr), "--seed", str(spec.seed), "--rm_update", spec.update, "--keep",
-             str(spec.keep), "--out", str(Path(out, "logs", name_of(spec))), "--group", str(2 if of_pairs else GROUP)]
+    named = {"rm_update": spec.update, "lr_rm": spec.lr, "lr_value": spec.lr_value, "keep": spec.keep,
+             "seed": spec.seed, "out": Path(out, "logs", name_of(spec)), "group": 2 if of_pairs else GROUP}
+    flags = [*FLAGS.split(), *(word for name, x in named.items() for word in (f"--{name}", str(x)))]
     flags += ["--m0", "0"] * (spec.head == 1) + ["--batch", "16"] * of_pairs  # as many answers
     cfg = save.parse_config(flags, kept.Config).checked()
     run = save.Run(cfg, start_of(out, table, spec))
@@ -397,7 +402,7 @@ def value_and_facts(out, name, factor):
             "minus_longer": with_interval(asked, right(held) - ahead), "nll": with_interval(asked, loss_at_best(held)),
             "pairs": len(held), "prompts": len({*asked}), "spread": spread, "v_prompts": int(some.sum()),
             "r2": {key: r2_of(x[some], target[some]) for key, x in guesses.items()},
-            "splits": splits(held, rm.value(features["heldout"][::2]), spread)}
+            "splits": splits(held, rm.value(features["heldout"][::2]), spread, asked)}
     return {"state": rm.value_head.state_dict(), "line": line}
 
 WHOLE = {"save_1e-06": ["save.py", "--lr_rm", "1e-6"], "save_1e-07": ["save.py", "--lr_rm", "1e-7"],
@@ -409,8 +414,9 @@ def whole_runs(args, out, index):
              "some": map(json.loads, (out / "heldout.jsonl").read_text().splitlines()[:60])}
     for name, rows in files.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = f"{FLAGS} --lr_value 3e-5 --steps 3 --eval_every 0 --m0 0 --group {GROUP}"
     words = ["--policy", args.model, "--rm", out / "rm", "--prompts", out / "prompts.jsonl", "--heldout",
-             out / "some.jsonl", *FLAGS.split(), "--steps", "3", "--eval_every", "0", "--group", GROUP, "--m0", "0"]
+             out / "some.jsonl", *more.split()]
     def run(name):
         shutil.rmtree(out / "whole" / name, ignore_errors=True)  # of a run that was killed
         real.call(*WHOLE[name], *words, "--out", out / "whole" / name)

@@ -234,8 +234,9 @@ def test_the_best_checkpoint_is_chosen_on_other_prompts():
 
 def test_pairs_that_v_splits():
     rewards = torch.tensor([[3.0, 1.0], [1.0, 3.0], [2.2, 1.0], [3.0, 2.5]])
-    found = quick.splits(rewards, torch.full((4,), 2.0), 1.0)
-    assert found["0"] == [3, pytest.approx(200 / 3)] and found["0.5"] == found["1"] == [2, 50.0]
+    found = quick.splits(rewards, torch.full((4,), 2.0), 1.0, list("abcd"))
+    assert found["0"][:2] == [3, pytest.approx(200 / 3, abs=1e-3)] and found["0.5"][:2] == found["1"][:2] == [2, 50.0]
+    assert found["1"][2:] == [0.0, 100.0] and quick.splits(rewards, torch.zeros(4), 1.0, list("abcd"))["0"] == [0]
 
 def test_what_is_made_is_not_made_again(tmp_path):
     with pytest.raises(ZeroDivisionError):
