@@ -423,30 +423,51 @@ def whole_runs(args, out, index):
     for name in WHOLE:
         made(out, f"whole/{name}.pt", lambda name=name: run(name))
 
+def run_and_start(out, spec):
+    """What a run wrote and what was known before it; held-out pairs: changes in accuracy and loss, (n,) each."""
+    start, end = made(out, f"base/{spec.rm}_{spec.head:g}_{spec.seed}.pt", None), made(
+        out, f"runs/{name_of(spec)}.pt", None)
+    old, new = start["heldout"], end["curve"][-1]
+    return start, end, {"gain": right(new) - right(old), "nll": loss_at_best(new) - loss_at_best(old)}
+
 def line_of(out, spec, index):
     """A line of real.jsonl: the run minus the reward model it started from, paired, [change, low, high]."""
-    before, after = made(out, f"base/{spec.rm}_{spec.head:g}_{spec.seed}.pt", None), made(
-        out, f"runs/{name_of(spec)}.pt", None)
+    start, end, change = run_and_start(out, spec)
     prompts, chats, own = index["heldout"]["prompts"], index["heldout"]["chats"], index["train"]["prompts"][:OWN]
-    old, new, longer = before["heldout"], after["curve"][-1], longer_first(chats).tolist()
     lengths = torch.tensor([float(len(ids) - n) for ids, n in chats])
-    guarded, chosen = best_of(after["curve"], prompts)
-    change, spread = right(new) - right(old), [x["groups"].std(1).mean().item() for x in (before, after)]
-    return {**spec._asdict(), "accuracy": [round(right(x).mean().item(), 2) for x in after["curve"]],
-            "gain": with_interval(prompts, change), "even_gain": with_interval(prompts, change, longer),
-            "nll": with_interval(prompts, loss_at_best(new) - loss_at_best(old)),
-            "own": with_interval(own, right(after["own"]) - right(before["own"])),
+    (guarded, chosen), old = best_of(end["curve"], prompts), start["heldout"]
+    spread = [x["groups"].std(1).mean().item() for x in (start, end)]
+    length = torch.corrcoef(torch.stack([lengths, end["curve"][-1].flatten()]))[0, 1].item()
+    return {**spec._asdict(), "accuracy": [round(right(x).mean().item(), 2) for x in end["curve"]],
+            **{name: with_interval(prompts, x) for name, x in change.items()},
+            "even_gain": with_interval(prompts, change["gain"], longer_first(chats).tolist()),
+            "own": with_interval(own, right(end["own"]) - right(start["own"])),
             "best": with_interval(prompts, right(guarded) - right(old)), "checkpoints": chosen,
             "best_nll": with_interval(prompts, loss_at_best(guarded) - loss_at_best(old)),
-            "spread": round(spread[1] / spread[0], 3),
-            "length": round(torch.corrcoef(torch.stack([lengths, new.flatten()]))[0, 1].item(), 3),
-            **{name: [round(row[i], 4) for i in (0, len(row) // 2, -1)] for name, row in after["logs"].items() if row}}
+            "spread": round(spread[1] / spread[0], 3), "length": round(length, 3), "learned": len(end["logs"]["moved"]),
+            **{name: [round(row[i], 4) for i in (0, len(row) // 2, -1)] for name, row in end["logs"].items() if row}}
+
+def pooled(out, specs, index):
+    """Lines of runs with both seeds: the mean of their changes, and how much better the RM's own labels did."""
+    found, lines = {}, []
+    for spec in specs:
+        found.setdefault(spec._replace(seed=0), {})[spec.seed] = run_and_start(out, spec)[2]
+    for spec, seeds in ((spec, seeds) for spec, seeds in found.items() if len(seeds) == 2):
+        own = found.get(spec._replace(labels="own"), {}) if spec.labels != "own" else {}
+        for name, others in (("mean of seeds", None), ("own minus these", own)):
+            if others is None or len(others) == 2:
+                changes = {x: sum((others[i][x] - seeds[i][x] if others else seeds[i][x]) for i in (0, 1)) / 2
+                           for x in ("gain", "nll")}
+                lines.append({name: name_of(spec), **{x: with_interval(index["heldout"]["prompts"], change)
+                                                      for x, change in changes.items()}})
+    return lines
 
 def write(out, index):
     """out/real.jsonl and its lines in short: what is there."""
-    runs = [line_of(out, spec, index) for spec in PLAN if Path(out, f"runs/{name_of(spec)}.pt").exists()]
+    specs = [spec for spec in PLAN if Path(out, f"runs/{name_of(spec)}.pt").exists()]
+    runs = [line_of(out, spec, index) for spec in specs]
     lines = [{"frozen": {file.stem: made(out, f"value/{file.name}", None)["line"]
-                         for file in sorted(Path(out, "value").glob("*.pt"))}}, *runs]
+                         for file in sorted(Path(out, "value").glob("*.pt"))}}, *runs, *pooled(out, specs, index)]
     columns = "accuracy_some loss_some reward_shift reward_spread spread_after kl kept common_push".split()
     for name in (name for name in WHOLE if (out / f"whole/{name}.pt").exists()):
         steps = measure.Logs(out / "whole" / name).steps
@@ -457,7 +478,7 @@ def write(out, index):
     lines.append({"cpu_minutes": {name: round(x, 1) for name, x in minutes.items()}})
     (out / "real.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for run in runs:
-        print(*list(run.values())[:7], *(f"{name} {run[name]}" for name in ("gain", "nll", "spread", "best")))
+        print(*list(run.values())[:8], *(f"{name} {run[name]}" for name in ("gain", "nll", "spread", "best")))
 
 def main(args):
     """All stages -> out/real.jsonl."""

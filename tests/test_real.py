@@ -249,7 +249,8 @@ def test_what_a_step_moves(monkeypatch):
     run, batch = save.Run(save.parse_config([]), None), save.Batch([], [], [], [], None, None)
     run.log = save.Log.__new__(save.Log)
     run.log.record = {}
-    def plain(run, batch, rewards=iter([torch.tensor([[0.0, 2.0], [1.0, 5.0]]), torch.tensor([[5.0, 7.2], [1.0, 5.4]])])):
+    rewards = iter([torch.tensor([[0.0, 2.0], [1.0, 5.0]]), torch.tensor([[5.0, 7.2], [1.0, 5.4]])])
+    def plain(run, batch):
         batch.rewards = next(rewards)
     quick.score_batch(run, batch, plain)
     assert not run.log.record
@@ -264,24 +265,28 @@ def test_the_quick_mode_takes_no_flags_that_it_would_not_use(small, monkeypatch)
 
 @pytest.mark.slow
 def test_the_quick_mode_goes_on_where_it_was(small, tmp_path, monkeypatch):
-    plan = [quick.Spec("save"), quick.Spec("centred", "random", seed=1), quick.Spec("offline", "gpt4"),
-            quick.Spec("centred", "gpt4"), quick.Spec("save", keep=1e4), quick.Spec("hl_bt", head=5.0, rm="even")]
+    plan = [quick.Spec("save", labels, lr=1e-3, seed=seed) for labels in ("own", "flipped") for seed in (0, 1)]
+    plan += [quick.Spec("offline", "gpt4"), quick.Spec("centred", "gpt4"), quick.Spec(keep=1e4),
+             quick.Spec("hl_bt", head=5.0, rm="even")]
     monkeypatch.setattr(quick, "PLAN", plan)  # noise has no best fit: any, with rewards that differ
     monkeypatch.setattr(quick, "head_of", lambda *of: (10 * quick.bradley_terry_fit(*of[:2], 1.0), {"cv_accuracy": 1}))
     monkeypatch.setattr(quick, "WHOLE", {"save_1e-06": quick.WHOLE["save_1e-06"]})
     real.main(small)
     out = tmp_path / "out"
     text = (out / "real.jsonl").read_text()
-    frozen, *runs, whole, minutes = map(json.loads, text.splitlines())
+    frozen, *runs, own, flipped, less, whole, minutes = map(json.loads, text.splitlines())
     assert [*frozen["frozen"]] == ["all_1", "even_5"] and len(runs) == len(plan) and whole["whole"] == "save_1e-06"
+    assert own["nll"][0] - flipped["nll"][0] == pytest.approx(less["nll"][0], abs=2e-3) and less["nll"][0]
+    assert own["nll"][0] == pytest.approx((runs[0]["nll"][0] + runs[1]["nll"][0]) / 2, abs=2e-3)
     assert {*minutes["cpu_minutes"]} >= {"answers", "hidden", "value", "base", "runs", "whole"}
     for spec, run in zip(plan, runs):
-        config = json.loads((out / "logs" / quick.name_of(spec) / "metrics.jsonl").read_text().splitlines()[0])["config"]
+        log = (out / "logs" / quick.name_of(spec) / "metrics.jsonl").read_text()
+        config = json.loads(log.splitlines()[0])["config"]
         named = {"rm_update": spec.update, "lr_rm": spec.lr, "seed": spec.seed, "keep": spec.keep,
                  "group": 2 if "gpt4" in spec.labels else 4, "m0": 0.0 if spec.head == 1 else 0.5}
         assert {name: config[name] for name in named} == named and len(run["accuracy"]) == 3
-    moved = {run["update"] + run["labels"] + "kept" * (run["keep"] > 0): run.get("moved", [0])[-1] for run in runs}
-    assert moved["saveown"] > 0 and moved["offlinegpt4"] > 0  # each of them learned
+    learned = [run["learned"] for run in runs]
+    assert learned[0] and learned[2] and learned[4] == learned[5] == 2
     monkeypatch.setattr(save, "learn", lambda *_: pytest.fail("a finished run ran again"))
     monkeypatch.setattr(save, "sample", lambda *_: pytest.fail("answers were sampled again"))
     real.main(small)
