@@ -80,10 +80,10 @@ def answers(out, cfg, policy, rm, name, chats, group):
     return sum((made(out, f"answers/{name}_{i:03d}.pt", lambda i=i: block(i)) for i in range(0, len(chats), BLOCK)), [])
 
 @torch.no_grad()
-def lower(rm, chats, top):
-    """What enters the last `top` layers: a (length,H) tensor of each of `chats`."""
+def lower(rm, chats):
+    """What enters the last TOP layers: a (length,H) tensor of each of `chats`."""
     base, states = rm.model.base_model, [None] * len(chats)
-    with mock.patch.multiple(base, layers=base.layers[:-top], norm=nn.Identity()):
+    with mock.patch.multiple(base, layers=base.layers[:-TOP], norm=nn.Identity()):
         for rows in save.micro_batches(range(len(chats)), chats, 2048):
             ids, lengths, _ = save.model_inputs([chats[row] for row in rows], "cpu")
             hidden = base(input_ids=ids, use_cache=False).last_hidden_state
@@ -95,7 +95,7 @@ def numbered(out, rm, name, chats):
     """Hidden states of different chats, one after another, into out/hidden; all chats with their rows there for ids."""
     keys = list(dict.fromkeys((tuple(ids), n) for ids, n in chats))
     for i in range(0, len(keys), 128):
-        made(out, f"hidden/{name}_{i:05d}.pt", lambda i=i: torch.cat(lower(rm, keys[i:i + 128], TOP)))
+        made(out, f"hidden/{name}_{i:05d}.pt", lambda i=i: torch.cat(lower(rm, keys[i:i + 128])))
     ends = dict(zip(keys, itertools.accumulate(len(ids) for ids, _ in keys)))
     return [(range(end - len(ids), end), n) for ids, n in chats for end in [ends[tuple(ids), n]]]
 
