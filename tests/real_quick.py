@@ -409,12 +409,12 @@ WHOLE = {"save_1e-06": ["save.py", "--lr_rm", "1e-6"], "save_1e-07": ["save.py",
          "centred_1e-06": ["tests/forks/centred.py", "--lr_rm", "1e-6"]}  # all layers, and the policy learns
 
 def whole_runs(args, out, index):
-    """save.py itself, on all layers, with the policy in training: three steps, 60 held-out pairs."""
+    """save.py itself, on all layers, with the policy in training: two steps, 60 held-out pairs."""
     files = {"prompts": [{"prompt": chat} for chat, _ in index["0"]["items"]],
              "some": map(json.loads, (out / "heldout.jsonl").read_text().splitlines()[:60])}
     for name, rows in files.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = f"{FLAGS} --lr_value 3e-5 --steps 3 --eval_every 0 --m0 0 --group {GROUP}"
+    more = f"{FLAGS} --lr_value 3e-5 --steps 2 --eval_every 0 --m0 0 --group {GROUP}"
     words = ["--policy", args.model, "--rm", out / "rm", "--prompts", out / "prompts.jsonl", "--heldout",
              out / "some.jsonl", *more.split()]
     def run(name):
