@@ -1,7 +1,8 @@
 """SAVE and its rivals on a real model and real preferences, judged on real benchmarks with paired intervals.
 
     python tests/real.py --model DIR --data DIR --out runs/real            # one GPU: all pairs, 100 steps, G = 16
-    OMP_NUM_THREADS=1 python tests/real.py --model DIR --data DIR --out runs/real --quick --jobs 2   # two CPU cores
+    OMP_NUM_THREADS=1 python tests/real.py --model DIR --data DIR --out runs/real --quick --jobs 2   # two CPU cores:
+        # other methods and controls, on the last layers alone; see real_quick.py
 
 --model: a small chat model (a causal LM), policy and start of the reward model. --data: a folder with
 preferences/preferences_{train,heldout}.jsonl.gz (prompt, chosen, rejected) and the files of `eval.py --data`.
@@ -29,12 +30,6 @@ FULL = {
     "preference": "--batch 32 --lr_rm 2e-5 --lr_schedule linear --max_prompt_tokens 512",
     "save": "--steps 100 --batch 8 --group 16 --max_new_tokens 256 --lr_rm 1e-6 --value_lr 2e-3 "
             "--value_epochs 10 --lr_value 1e-4"}
-QUICK = {  # pairs and prompts that two cores can afford; the suffix makes answers end within 64 tokens
-    "tokens": 190, "prompt": 72, "pairs": 320, "bench": [], "suffix": " Answer in one short sentence.",
-    "preference": "--batch 16 --lr_rm 2e-5 --lr_schedule linear --micro_tokens 1024",
-    "save": "--steps 30 --batch 4 --group 4 --max_new_tokens 64 --lr_rm 1e-5 --value_prompts 64 "
-            "--value_k 4 --value_lr 2e-3 --value_epochs 15 --lr_value 1e-3 --micro_tokens 1024"}
-
 def call(script, *words):
     """Run a script of the repository in this environment."""
     print("$", script, *words, flush=True)
@@ -81,7 +76,12 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--jobs", type=int, default=1, help="methods trained side by side")
     args, flags = parser.parse_known_args(argv)  # the rest goes to save.py's joint training
-    size, out = QUICK if args.quick else FULL, Path(args.out)
+    if args.quick:
+        import real_quick  # it imports this file
+        if flags or args.rm or args.head != 1 or args.methods != list(METHODS):
+            parser.error("--quick has reward models, heads, methods and flags of its own")
+        return real_quick.main(args)
+    size, out = FULL, Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     train, heldout = pairs(args, size, "train", size["pairs"]), pairs(args, size, "heldout", 10 ** 6)
     rm = args.rm or out / "preference" / "rm"
