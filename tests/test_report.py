@@ -155,8 +155,9 @@ def test_the_picture_of_what_save_py_writes(world, tmp_path, flags):
     found, texts = drawn(tmp_path / "out")
     assert ("mean" in found) == ("mean_reward" in flags) and texts[0].endswith(" of 4 prompts x 4 responses")
 
-def test_the_committed_picture_is_small_and_sound():
-    file = Path(__file__).with_name("results") / "laptop.svg"
+@pytest.mark.parametrize("name", ["laptop", "habits"])
+def test_the_committed_pictures_are_small_and_sound(name):
+    file = Path(__file__).with_name("results") / f"{name}.svg"
     page = file.read_text(encoding="utf-8")
     assert len(page) < 60_000 and ElementTree.fromstring(page).get("viewBox") and 'class="ring"' in page
 
