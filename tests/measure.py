@@ -121,21 +121,21 @@ def changes(before, after):
 def interval(sets, draws=2000):
     """95 % bootstrap interval of the mean over sets of their mean change, in points.
     sets: [(n prompts, their n changes)]. Prompts are drawn again, each with its pairs in all sets (onp and neu share
-    prompts), among those that have as many in the same sets."""
+    prompts), among those that are in the same sets."""
     rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(p for prompts, _ in sets for p in prompts))}
-    sums, counts = torch.zeros(2, len(rows), len(sets), dtype=torch.double)
+    table = torch.zeros(2, len(rows), len(sets), dtype=torch.double)  # sums and counts
     for i, (prompts, change) in enumerate(sets):
         of = torch.tensor([rows[prompt] for prompt in prompts])
-        sums[:, i].index_add_(0, of, change)
-        counts[:, i].index_add_(0, of, torch.ones_like(change))
-    generator, means = torch.Generator().manual_seed(0), 0
-    kinds, kind_of = counts.unique(dim=0, return_inverse=True)
+        table[0, :, i].index_add_(0, of, change)
+        table[1, :, i].index_add_(0, of, torch.ones_like(change))
+    generator, totals = torch.Generator().manual_seed(0), 0
+    kinds, kind_of = (table[1] > 0).unique(dim=0, return_inverse=True)
     for kind in range(len(kinds)):
-        members = sums[kind_of == kind]
-        drawn = torch.randint(len(members), (draws, len(members)), generator=generator)
+        members = table[:, kind_of == kind]
+        drawn = torch.randint(members.shape[1], (draws, members.shape[1]), generator=generator)
         times = torch.zeros(drawn.shape, dtype=torch.double).scatter_add_(1, drawn, torch.ones(drawn.shape).double())
-        means = means + times @ members
-    means = (means / counts.sum(0)).mean(1)
+        totals = totals + times @ members
+    means = (totals[0] / totals[1]).mean(1)
     return (100 * means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype))).tolist()
 
 def change_and_interval(sets):

@@ -49,8 +49,9 @@ def made(out, name, make):
     path, start = Path(out, name), sum(os.times()[:4])
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(make(), f"{path}.new")
-        os.replace(f"{path}.new", path)
+        mine = f"{path}.{os.getpid()}"  # two processes may make it at once
+        torch.save(make(), mine)
+        os.replace(mine, path)
         with open(Path(out, "cpu.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": name.split("/")[0], "cpu_s": sum(os.times()[:4]) - start}) + "\n")
     return torch.load(path, weights_only=False, mmap=True)
@@ -181,11 +182,22 @@ def top_of(path, table, head=None, value_head=None, factor=1.0):
     rm = save.RewardModel.from_pretrained(str(path))
     base = rm.model.base_model
     base.layers, base.embed_tokens = base.layers[-TOP:], nn.Embedding.from_pretrained(table)  # frozen
+    read_only(rm)
     if head is not None:
         rm.model.score.weight.data = factor * head.float()[None]
     if value_head:
         rm.value_head.load_state_dict(value_head)
     return rm
+
+def read_only(rm):
+    """The last layer's MLP, most of its work, for the tokens that R and V are read from: no other has an effect."""
+    mlp, read = rm.model.base_model.layers[-1].mlp, []
+    every, features = mlp.forward, rm.features
+    def features_of(input_ids, lengths, prompt_lengths):
+        read[:] = [torch.arange(len(input_ids)).repeat(2), torch.cat([lengths, prompt_lengths]) - 1]
+        return features(input_ids, lengths, prompt_lengths)
+    mlp.forward = lambda x: torch.zeros_like(x).index_put(tuple(read), every(x[tuple(read)]))
+    rm.features = features_of
 
 def whole_of(path, rm, out):
     """A stock folder: the reward model of `path` with the trained part of `rm`."""
@@ -288,12 +300,13 @@ class Spec(NamedTuple):
 
 MAIN = [("save", "own"), ("centred", "own"), ("hl_bt", "own"), ("mean_reward", "own"), ("offline", "gpt4"),
         ("centred", "random"), ("centred", "flipped"), ("centred", "gpt4")]
-PLAN = [Spec(*pair, seed=seed) for seed in (0, 1) for pair in MAIN]
+PLAN = [Spec(*pair, seed=seed) for pair in MAIN for seed in (0, 1)]
 PLAN += [Spec(seed=seed, lr_value=6e-4) for seed in (0, 1)]
 PLAN += [Spec(*pair, seed=seed) for pair in (("save", "random"), ("centred", "gpt4 random")) for seed in (0, 1)]
-PLAN += [Spec("centred", keep=keep) for keep in (0.03, 0.1, 0.3, 1.0)]
-PLAN += [Spec("save", keep=keep, lr_value=6e-4) for keep in (0.03, 0.1, 0.3, 1.0)]
-PLAN += [Spec(*pair, lr=1e-5) for pair in MAIN[:5]]
+KEPT = [(0.03, 0), (0.1, 0), (0.1, 1), (0.3, 0), (1.0, 0), (1.0, 1)]  # lambda, seed
+PLAN += [Spec("centred", keep=keep, seed=seed) for keep, seed in KEPT]
+PLAN += [Spec(keep=keep, lr_value=6e-4, seed=seed) for keep, seed in KEPT]
+PLAN += [Spec(*pair, lr=1e-5, seed=seed) for pair in MAIN[:5] for seed in (0, 1)]
 PLAN += [Spec(update, **more) for more in ({"rm": "even"}, {"head": 5.0}) for update in ("save", "centred")]
 
 def score_batch(run, batch, plain=save.score_batch):
@@ -408,20 +421,15 @@ def value_and_facts(out, name, factor):
 WHOLE = {"save_1e-06": ["save.py", "--lr_rm", "1e-6"], "save_1e-07": ["save.py", "--lr_rm", "1e-7"],
          "centred_1e-06": ["tests/forks/centred.py", "--lr_rm", "1e-6"]}  # all layers, and the policy learns
 
-def whole_runs(args, out, index):
+def whole_run(out, name, model):
     """save.py itself, on all layers, with the policy in training: two steps, 60 held-out pairs."""
-    files = {"prompts": [{"prompt": chat} for chat, _ in index["0"]["items"]],
-             "some": map(json.loads, (out / "heldout.jsonl").read_text().splitlines()[:60])}
-    for name, rows in files.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = f"{FLAGS} --lr_value 3e-5 --steps 2 --eval_every 0 --m0 0 --group {GROUP}"
-    words = ["--policy", args.model, "--rm", out / "rm", "--prompts", out / "prompts.jsonl", "--heldout",
+    words = ["--policy", model, "--rm", out / "rm", "--prompts", out / "prompts.jsonl", "--heldout",
              out / "some.jsonl", *more.split()]
-    def run(name):
+    def run():
         shutil.rmtree(out / "whole" / name, ignore_errors=True)  # of a run that was killed
         real.call(*WHOLE[name], *words, "--out", out / "whole" / name)
-    for name in WHOLE:
-        made(out, f"whole/{name}.pt", lambda name=name: run(name))
+    made(out, f"whole/{name}.pt", run)
 
 def run_and_start(out, spec):
     """What a run wrote and what was known before it; held-out pairs: changes in accuracy and loss, (n,) each."""
@@ -480,11 +488,15 @@ def write(out, index):
     for run in runs:
         print(*list(run.values())[:8], *(f"{name} {run[name]}" for name in ("gain", "nll", "spread", "best")))
 
+def at_work(out, task):
+    """One of (function, arguments after `out`), in a process of its own."""
+    task[0](out, *task[1:])
+
 def main(args):
     """All stages -> out/real.jsonl."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.jobs)
     index = None if (out / "index.pt").exists() else prepare(args, out)
     index = made(out, "index.pt", lambda: index)
     made(out, "heads.pt", lambda: heads_of(out))
@@ -492,7 +504,11 @@ def main(args):
         made(out, f"value/{name}_{factor:g}.pt", lambda x=(name, factor): value_and_facts(out, *x))
     if not (out / "rm").is_dir():
         whole_of(out / "start", start_of(out, torch.zeros(1, 1), Spec()), out / "rm")
+    files = {"prompts": [{"prompt": chat} for chat, _ in index["0"]["items"]],
+             "some": map(json.loads, (out / "heldout.jsonl").read_text().splitlines()[:60])}
+    for name, rows in files.items():
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    todo = [(whole_run, name, args.model) for name in WHOLE] + [(run_once, spec) for spec in PLAN]
     with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(run_once, [out] * len(PLAN), PLAN))
-    whole_runs(args, out, index)
+        list(pool.map(at_work, [out] * len(todo), todo))
     write(out, index)

@@ -161,6 +161,18 @@ def test_the_last_layers_on_a_table_are_the_whole_model(cached):
     assert {name for name, p in top.model.named_parameters() if not p.requires_grad} == {"model.embed_tokens.weight"}
     assert {name.split(".")[2] for name, _ in top.model.named_parameters() if "layers" in name} == {"0"}
 
+def test_the_mlp_of_tokens_that_nothing_reads_is_not_missed(cached):
+    grads, seen = [], []
+    for rm, chats in zip(cached[:2], (CHATS, cached[2])):
+        last = rm.model.base_model.layers[-1]
+        last.mlp.gate_proj.register_forward_hook(lambda _, x, y: seen.append(x[0].shape[:-1].numel()))
+        rewards, _ = rm(*save.model_inputs(chats, "cpu"))
+        (rewards ** 2).sum().backward()
+        grads.append([p.grad for p in last.parameters()])
+    assert seen == [5 * 7, 5 * 2]  # every token, padding too; the end of each answer and each prompt
+    for ours, known in zip(*grads):
+        assert torch.allclose(ours, known, rtol=1e-4, atol=1e-6 * known.abs().max().item()) and known.abs().max() > 0
+
 def test_a_trained_part_is_saved_as_a_stock_folder(world, cached, tmp_path):
     _, top, rows = cached
     cfg = save.parse_config(["--device", "cpu", "--dtype", "float32", "--out", str(tmp_path / "log")]).checked()

@@ -50,6 +50,16 @@ def test_sets_that_share_their_prompts_are_no_more_certain_than_one():
     assert twice == pytest.approx(alone) and apart[1] == pytest.approx(alone[1] / math.sqrt(2), abs=0.3)
     assert measure.interval([(range(400), change), (range(400), -change)]) == pytest.approx([0, 0])
 
+def test_prompts_may_differ_in_their_number_of_pairs():
+    """200 prompts with 1 to 200 pairs, so that none is like another: the error of a ratio of means (delta method)."""
+    counts = torch.arange(1, 201)
+    means = torch.randn(200, generator=torch.Generator().manual_seed(0)).double()
+    mean = (counts * means).sum() / counts.sum()
+    error = ((counts * (means - mean)) ** 2).sum().sqrt() / counts.sum()
+    low, high = measure.interval([(counts.repeat_interleave(counts).tolist(), means.repeat_interleave(counts))], 4000)
+    wanted = [100 * (mean - 1.96 * error).item(), 100 * (mean + 1.96 * error).item()]
+    assert [low, high] == pytest.approx(wanted, abs=1) and high - low > 25
+
 def test_trend_lines():
     assert measure.trend([1.0, 2.0, 3.0, 8.0]) == "▁▂▃█  1.00 to 8.00"
     assert measure.trend([5.0, 5.0]) == "▄▄  5.00 to 5.00"
