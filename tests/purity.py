@@ -73,7 +73,7 @@ def measure(data, world, seed):
     cfg = save.parse_config(toy.laptop_flags(world))
     threshold = save.curriculum_threshold(1, cfg.steps, cfg.m0)
     rows = {name: purity(rewards, anchor, good, threshold) for name, anchor in anchors.items()}
-    (data / "purity.json").write_text(json.dumps(rows))
+    toy.write_whole(data / "purity.json", json.dumps(rows))
 
 def lines_of(world, runs):
     """Markdown lines of one world. runs: {seed: {anchor: {column: number}}}."""

@@ -202,7 +202,7 @@ def run_row(data, world, seed, flags):
         saved = save.RewardModel.from_pretrained(str(out / "rm"))
         result["saved"] = {file.stem[8:]: toy.rm_accuracy(saved, measure.read_rows(file))
                            for file in sorted(data.glob("heldout_*.jsonl"))}
-    (out / "result.json").write_text(json.dumps(result))
+    toy.write_whole(out / "result.json", json.dumps(result))
 
 def on_grid(data):
     """A world's reward model with weights that bf16 can hold, as a bf16 checkpoint has them; V stays."""
@@ -218,7 +218,7 @@ def policy_golds(data, out, task):
     file, policy = out / "golds.json", out / "policy" if (out / "policy").is_dir() else data / "policy"
     if not file.is_file():
         golds = toy.golds(policy, toy.read_prompts(data / "prompts_test.jsonl"), task=task)
-        file.write_text(json.dumps({name: x.mean(1).tolist() for name, x in golds.items()}))
+        toy.write_whole(file, json.dumps({name: x.mean(1).tolist() for name, x in golds.items()}))
     return json.loads(file.read_text())
 
 def heldout_right(data, out):
@@ -227,7 +227,8 @@ def heldout_right(data, out):
     file, folder = out / "right.json", out / "rm" if (out / "rm").is_dir() else data / "rm"
     if not file.is_file():
         rm = save.RewardModel.from_pretrained(str(folder))
-        file.write_text(json.dumps({name: toy.rm_right(rm, pairs).int().tolist() for name, pairs in rows.items()}))
+        right = {name: toy.rm_right(rm, pairs).int().tolist() for name, pairs in rows.items()}
+        toy.write_whole(file, json.dumps(right))
     return {name: ([pair["prompt"] for pair in rows[name]], torch.tensor(right).double())
             for name, right in json.loads(file.read_text()).items()}
 
@@ -240,7 +241,7 @@ def add_interval(data, flags):
         if result["half"]:  # the other pairs have chosen the checkpoint
             sets = [(prompts[1::2], change[1::2]) for prompts, change in sets]
         result["interval"] = measure.interval(sets)
-        (out / "result.json").write_text(json.dumps(result))
+        toy.write_whole(out / "result.json", json.dumps(result))
 
 def guard_table(world, rows):
     """Markdown lines: of the rows with intervals how they did on their worst seed, against the initial RM."""
@@ -454,9 +455,8 @@ def write(out):
     runs = collect(out)
     lines = [json.dumps({"world": world, "row": name, "seed": seed, **run}) for world, rows in runs.items()
              for name, row in rows.items() for seed, run in row.items()]
-    (out / ".results.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(out / ".results.jsonl", out / "results.jsonl")
-    (out / "results.md").write_text("\n".join(shown(runs)), encoding="utf-8")
+    toy.write_whole(out / "results.jsonl", "".join(line + "\n" for line in lines))
+    toy.write_whole(out / "results.md", "\n".join(shown(runs)))
     return runs
 
 def main(argv=None):

@@ -245,9 +245,14 @@ def test_the_interval_of_a_row_is_that_of_its_pairs(tmp_path, monkeypatch, half)
     toy.write_rows(tmp_path / "heldout_id.jsonl", [{"prompt": f"{i}"} for i in range(6)])
     (tmp_path / "rows" / "save").mkdir(parents=True)
     (tmp_path / "rows" / "save" / "result.json").write_text(f'{{"half": {str(half).lower()}}}')
-    scores = iter([[0, 0, 0, 0, 1, 1], [1, 1, 0, 0, 1, 1]])
+    scores = iter([[0, 0, 0, 0, 1, 1]] * 2 + [[1, 1, 0, 0, 1, 1]])
     monkeypatch.setattr(save.RewardModel, "from_pretrained", lambda folder: None)
     monkeypatch.setattr(toy, "rm_right", lambda rm, pairs: torch.tensor(next(scores)))
+    with monkeypatch.context() as killed:  # while it writes: what was there is there
+        killed.setattr(toy.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tables.add_interval(tmp_path, [])
+    assert "interval" not in tables.json.loads((tmp_path / "rows" / "save" / "result.json").read_text())
     tables.add_interval(tmp_path, [])
     tables.add_interval(tmp_path, [])  # it is there: nothing is scored again
     change = torch.tensor([0.0, 1, 0]) if half else torch.tensor([1.0, 1, 0, 0, 0, 0])

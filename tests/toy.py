@@ -184,9 +184,15 @@ def one_edit(words, rng):
             return edited
 
 # ---- files
+def write_whole(path, text):
+    """A file that a killed process leaves as it was, or whole."""
+    new = Path(path).with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
 def write_rows(path, rows):
     """One JSON object per line."""
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 def read_prompts(path):
     """The prompts of a .jsonl file."""
@@ -574,7 +580,7 @@ def build_world(path, world="few", seed=0, many=None, jobs=1):
                    "policy_gold": policy_gold().result(), "reward_sd": spread.result(),
                    "rm_accuracy": {name: accuracies[name].result() for name in sizes}}
     lap("measured")
-    (path / "world.json").write_text(json.dumps({**summary, "seconds": seconds}, indent=1) + "\n")
+    write_whole(path / "world.json", json.dumps({**summary, "seconds": seconds}, indent=1) + "\n")
     return {**summary, "seconds": seconds}
 
 def split(items, *sizes):
