@@ -91,7 +91,8 @@ class Config:
 
     def checked(self):
         """Refuse what cannot work, fill in "auto" and none."""
-        least = dict(group=2, temperature=1e-3, top_p=1e-3, batch=1, num_minibatches=1, max_new_tokens=1, value_k=1)
+        least = dict.fromkeys("steps batch num_minibatches max_new_tokens value_k".split(), 1)
+        least |= {"group": 2, "temperature": 1e-3, "top_p": 1e-3}
         for name, x in vars(self).items():
             low, high = least.get(name, 0), 1 if name in ("m0", "top_p") else 1e15
             expect(not isinstance(x, int | float) or low <= x <= high, f"--{name} {x}: expected {low} to {high:g}")
@@ -208,8 +209,7 @@ def policy_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, *, al
     log_ratio = torch.where(mask, log_probs - at_least_fp32(old_log_probs.detach()), 0)
     of_row = log_ratio.sum(1, keepdim=True)
     mean = of_row / mask.sum(1, keepdim=True).clamp(min=1)
-    ratio = {"token": log_ratio, "mean": mean, "sum": of_row}[algo.ratio]
-    ratio = ratio.clamp(max=80).exp()  # inf times 0 would be nan
+    ratio = {"token": log_ratio, "mean": mean, "sum": of_row}[algo.ratio].clamp(max=80).exp()  # inf times 0 is nan
     advantages = torch.where(mask, advantages[:, None] if advantages.dim() == 1 else advantages, 0)
     free, clipped = ratio * advantages, ratio.clamp(1 - algo.clip[0], 1 + algo.clip[1]) * advantages
     gap = torch.where(mask, at_least_fp32(ref_log_probs.detach()) - log_probs, 0)
@@ -405,12 +405,11 @@ def train(run, rows, heldout, saved):
     anchored, saving = RM_UPDATES[cfg.rm_update].anchor == "value head", cfg.stage in ("", "save")
     run.log = Log(cfg, saved)
     if cfg.stage == "preference":
-        rm.has_value_head = False  # it belongs to other rewards
         each_step(run, "preference", rows, heldout, saved)
     if cfg.stage == "value" or saving and anchored and not rm.has_value_head and not saved:
         value_stage(run, rows)
     if saving and anchored:
-        optimizers["value"], rm.has_value_head = ShardedAdamW(rm.value_head, cfg.lr_value, cfg), True
+        optimizers["value"] = ShardedAdamW(rm.value_head, cfg.lr_value, cfg)
     if saving:
         each_step(run, "save", rows, heldout, saved)
     if cfg.stage == "value" and RANK == 0:  # all but the head as it came
@@ -419,6 +418,7 @@ def train(run, rows, heldout, saved):
         rm.model.float()
         optimizers["rm"].publish(optimizers["rm"].masters)
     if optimizers.keys() & {"rm", "value"}:
+        rm.has_value_head = "value" in optimizers  # else it is of other rewards
         rm.save_pretrained(out / "rm")
     if "policy" in optimizers:
         with replaced_folder(out / "policy", run.policy.model, run.policy.tokenizer):
@@ -454,7 +454,7 @@ def value_stage(run, prompts):
         batches.append(torch.load(done, "cpu"))
     lengths, *data = [torch.cat(tensors).to(cfg.device) for tensors in zip(*batches)]
     head.load_state_dict({name: 0 * x for name, x in head.state_dict().items()})
-    run.optimizers["value"], run.rm.has_value_head = ShardedAdamW(head, cfg.value_lr, cfg), True
+    run.optimizers["value"] = ShardedAdamW(head, cfg.value_lr, cfg)
     parts = torch.arange(count - tenth).split(32) * cfg.value_epochs
     for done, part in enumerate(parts):
         run.lr_scale = 1 - (cfg.lr_schedule == "linear") * done / len(parts)
@@ -671,8 +671,7 @@ def decode(policy, prompt_ids, group, seeds, max_new_tokens, *sampling):
     draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     uniforms, stop_ids = torch.stack(draws).to(device), torch.tensor(policy.eos_ids, device=device)
     tokens = torch.full((len(seeds), max_new_tokens), -1, device=device)
-    ended = torch.zeros(len(seeds), dtype=torch.bool, device=device)
-    rows = torch.arange(len(seeds), device=device)
+    rows, ended = torch.arange(len(seeds), device=device), torch.zeros(len(seeds), dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
         logits = policy.model(input_ids=ids, attention_mask=mask[:, :width + t].long(), position_ids=position,
                               past_key_values=cache, logits_to_keep=1).logits[:, -1]
@@ -860,10 +859,11 @@ def as_messages(value, where, role="user"):
     """A chat from text or a list of {"role", "content"}."""
     with blamed(f'{where}: expected text or {{"role", "content"}} messages, got {repr(value)[:80]}'):
         chat = [{"role": role, "content": value}] if isinstance(value, str) and value.strip() else value
-        others = {key for message in chat for key in message if message[key]} - {"role", "content"}
+        others = {x for m in chat for x in (*m, m["role"]) if m.get(x, 1)}
+        others -= {*"role content system user assistant tool".split()}
         expect(not others, f"{others} would be lost")
-        chat = [{"role": message["role"], "content": message["content"]} for message in chat]
-        expect(chat and {type(text) for message in chat for text in message.values()} == {str}, "not text")
+        chat = [{"role": m["role"], "content": m["content"]} for m in chat]
+        expect(chat and {type(text) for m in chat for text in m.values()} == {str}, "not text")
         return chat
 
 def prompt_of(row, cfg, policy, rm):
@@ -887,7 +887,7 @@ def as_pair(row):
     prompt = as_messages(row["prompt"], "prompt") if row.get("prompt") else []
     head, other = (chat[:-1] or prompt for chat in chats)
     fine = head == other and all(chat[-1]["role"] == "assistant" for chat in chats)
-    fine = fine and head and head[0]["role"] != "assistant" and all(message in head for message in prompt)
+    fine = fine and head and head[0]["role"] != "assistant" and all(m in head for m in prompt)
     expect(fine, "expected chosen and rejected to answer the same chat; expected a prompt, or chats with it in them")
     return head, [chat[-1]["content"] for chat in chats]
 

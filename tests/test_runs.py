@@ -269,10 +269,12 @@ def first_masters(out, part):
     ({"offload": True}, ()), ({"micro_tokens": 1}, ()), ({"cache_tokens": 8 * 44}, ()),
     ({"algo": "gspo"}, ()),  # one optimizer step per rollout: every ratio is 1
     ({"algo": "rloo"}, (POLICY,)), ({"kl_coef": 1e4}, (POLICY,)), ({"lr_schedule": "linear"}, (HEAD, POLICY)),
-    ({"rm_update": "mean_reward"}, MODELS), ({"rm_update": "none"}, (POLICY,))], ids=str)
+    ({"rm_update": "mean_reward"}, (RM, POLICY)), ({"rm_update": "none"}, (POLICY,))], ids=str)
 def test_each_choice_changes(anchored, plain, tmp_path, flags, changed):
     out = run(anchored, tmp_path / "out", save_every=1, **flags)
     trained = {"policy": POLICY} if flags == {"rm_update": "none"} else {"rm": RM, "value": HEAD, "policy": POLICY}
+    if flags == {"rm_update": "mean_reward"}:  # V of the RM as it came would be a wrong anchor for the next stage
+        assert not (out / trained.pop("value")).exists() and (anchored / HEAD).exists()
     for part, file in trained.items():
         if file in changed:
             assert distance(plain, out, file) > 1e-7, file
@@ -312,7 +314,7 @@ ROW = '{"prompt": "copy a", "chosen": "a", "rejected": "b"}\n'
 FILES = {
     "good": ROW, "empty": "", "broken": ROW + "{\n" + ROW, "unnamed": ROW + '{"text": "copy a"}\n',
     "typed": ROW * 2 + '{"prompt": 7}\n', "long": ROW + f'"{"copy " * 40}"\n', "blank": '{"prompt": " "}\n',
-    "named": '[{"role": "user", "content": "a", "name": "b"}]\n',
+    "named": '[{"role": "user", "content": "a", "name": "b"}]\n', "human": '[{"role": "human", "content": "a"}]\n',
     "mute": '{"prompt": [{"role": "user"}]}\n', "answered": '[{"role": "assistant", "content": "a"}]\n',
     "single": ROW + '{"prompt": "copy a", "chosen": "a"}\n', "null": ROW.replace('"b"', "null"),
     "hollow": ROW + ROW.replace('"b"', '" "'), "plain.jsonl.gz": ROW,
@@ -340,7 +342,7 @@ def bad(anchored, tmp_path_factory):
 
 @pytest.mark.parametrize("words, said", [  # run in the folder above; the line holds the first word and what is said
     ("--nonsense 1", ""), ("--step 3", ""), ("--steps", "argument"), ("--steps x", "int"), ("--algo ppo", "grpo"),
-    ("--stage all", "preference"), ("--steps -1", "-1: expected 0 to "), ("--lr_rm nan", "nan: expected 0 to "),
+    ("--stage all", "preference"), ("--steps -1", "-1: expected 1 to "), ("--lr_rm nan", "nan: expected 0 to "),
     ("--kl_coef inf", "inf: expected 0 to "), ("--m0 2", "2.0: expected 0 to 1"), ("--group 1", "1: expected 2 to "),
     ("--seed -1", "-1: expected "), ("--batch 3", "a multiple of"), ("--batch 4 --num_minibatches 3", "a multiple of"),
     ("--out good.jsonl", "good.jsonl"), ("--prompts none.jsonl", "none.jsonl: expected JSON"),
@@ -351,7 +353,8 @@ def bad(anchored, tmp_path_factory):
     ("--prompts broken.jsonl", "broken.jsonl row 2: expected JSON"), ("--prompts typed.jsonl", "typed.jsonl row 3: "),
     ("--prompts unnamed.jsonl", "unnamed.jsonl row 2: "), ("--prompts blank.jsonl", "blank.jsonl row 1: "),
     ("--prompts mute.jsonl", "mute.jsonl row 1: "), ("--prompts answered.jsonl", "answered.jsonl row 1: "),
-    ("--prompts named.jsonl", "{'name'} would be lost"),
+    ("--prompts named.jsonl", "{'name'} would be lost"), ("--prompts human.jsonl", "{'human'} would be lost"),
+    ("--steps 0", "0: expected 1 to "), ("--steps 0 --stage preference --pairs good.jsonl", "0: expected 1 to "),
     ("--prompts long.jsonl", "long.jsonl row 2: 42 tokens, expected at most 32: "),
     ("--pairs single.jsonl", "single.jsonl row 2: "), ("--pairs null.jsonl", "null.jsonl row 1: "),
     ("--pairs list.jsonl", "list.jsonl row 2: "), ("--pairs seven.jsonl", "seven.jsonl row 1: "),
