@@ -208,6 +208,19 @@ def test_the_policy_step_has_the_gradient_of_reinforce_pp(tmp_path, monkeypatch,
             losses.append(-torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).mean())
         same(got, gradients(model, sum(losses) / len(losses)), 5e-5)
 
+def test_reinforce_pp_without_kl_asks_for_no_log_probs(tmp_path, monkeypatch):
+    """One minibatch and --kl_coef 0: save.py takes neither old nor reference log-probs; whitened rewards are left."""
+    run, _, batch = make_run(tmp_path, algo="reinforce++", kl_coef=0.0)
+    monkeypatch.setattr(save, "policy_advantages", reinforce_pp.policy_advantages)
+    save.policy_step(run, batch, POSITIVE | NEGATIVE)
+    batch.lengths = torch.arange(16).view(4, 4) % 5 + 1
+    got = save.policy_advantages(run, batch, POSITIVE, None, None)
+    lengths, rewards, rows = batch.lengths.flatten(), batch.rewards.flatten(), POSITIVE.flatten()
+    tokens = rewards[rows].double().repeat_interleave(lengths[rows])
+    want = ((rewards - tokens.mean()) / tokens.std(correction=0))[:, None].expand_as(got).clone()
+    want[~rows] = 0
+    near(got, want.masked_fill(torch.arange(got.shape[1]) >= lengths[:, None], 0), 1e-5)
+
 # ---------------------------------------------------------------- labels: an ensemble, a verifier
 def test_labels_are_the_mean_advantage_of_the_frozen_ensemble(tmp_path, monkeypatch):
     run, _, batch = make_run(tmp_path)
@@ -396,7 +409,7 @@ def test_the_models_of_the_lowest_held_out_loss_are_saved(world, tmp_path, monke
     monkeypatch.setattr(best, "loss_of", lambda run, pairs: plain_loss(run, pairs) + 10 * (run.best["step"] < 0))
     flags = {**plain[0], "eval_every": 1, "save_every": 2, "heldout": [world / "heldout_id.jsonl"], "m0": 0}
     best.main(argv(world, tmp_path / "run", **flags))
-    losses = {step: row["loss_heldout"] for (_, step), row in metrics(tmp_path / "run").items()}
+    losses = {step: row["choosing_loss"] for (_, step), row in metrics(tmp_path / "run").items()}
     last = metrics(tmp_path / "run")["save", 3]
     assert last["best_step"] == min(losses, key=losses.get) == 1 and losses[3] > losses[1]
     rm = save.RewardModel.from_pretrained(tmp_path / "run/rm")
@@ -457,8 +470,11 @@ def test_a_generator_says_what_save_py_would_and_comes_in_after_the_models(world
         save.main(argv(world, tmp_path / "no", **flags))
     assert "its cache is not supported" in capsys.readouterr().err
 
-def test_places_without_both_signs_go_to_other_prompts(world, tmp_path, plain):
+def test_places_without_both_signs_go_to_other_prompts(world, tmp_path, capsys, plain):
     """--tries 1 is save.py to the bit. A place has the first of its prompts with both signs, or the last."""
+    with pytest.raises(SystemExit, match="2"):
+        dynamic.main(argv(world, tmp_path / "0", tries=0))
+    assert "--tries 0: expected 1 or more" in capsys.readouterr().err and not (tmp_path / "0").exists()
     for tries in (1, 4):
         dynamic.main(argv(world, tmp_path / str(tries), tries=tries, **plain[0]))
     assert samples(tmp_path / "1") == samples(plain[1]) and distance(tmp_path / "1", plain[1], RM) == 0

@@ -42,7 +42,7 @@ def heldout_accuracy(run, heldout, plain=save.heldout_accuracy):
             for key, p in optimizer.masters.items():
                 p.data.copy_(run.best["masters"][name][key])
             optimizer.publish(optimizer.masters)
-    run.log.put(loss_heldout=loss, best_step=run.best["step"])
+    run.log.put(choosing_loss=loss, best_step=run.best["step"])  # loss_NAME is of the other pairs
     plain(run, heldout)
 
 def main(argv=None):

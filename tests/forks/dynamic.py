@@ -21,6 +21,11 @@ class Config(save.Config):
     """Dynamic sampling: flags of save.py and one more."""
     tries: int = 3  # at most as many prompts for a place in the batch; 1: save.py
 
+    def checked(self):
+        """The checks of save.py, and its own flag's."""
+        save.expect(self.tries >= 1, f"--tries {self.tries}: expected 1 or more")
+        return super().checked()
+
 def filled(batch, new, full):
     """The batch, with the places that are not `full` (P,) from `new`."""
     parts = {name: torch.where(full[:, None], getattr(batch, name), getattr(new, name))
@@ -32,7 +37,7 @@ def filled(batch, new, full):
 
 def save_step(run, prompts):
     """save.save_step, with other prompts in the places that teach nothing."""
-    cfg, full = run.cfg, None
+    cfg, batch, full = run.cfg, None, None
     for number in range(cfg.tries):
         start = ((run.step - 1) * cfg.tries + number) * cfg.batch
         drawn = save.draw(prompts, cfg.seed, "prompts", start, cfg.batch)

@@ -30,9 +30,9 @@ def policy_advantages(run, batch, trained, old, reference, plain=save.policy_adv
     """In the place of save.policy_advantages: (N/W,R), a number for each token of this rank's rows."""
     if run.cfg.algo != "reinforce++":
         return plain(run, batch, trained, old, reference)
-    mask = torch.arange(old.shape[1], device=old.device) < save.mine(batch.lengths).flatten()[:, None]
-    mask = mask & save.mine(trained).flatten()[:, None]
-    kl = torch.zeros_like(old) if reference is None else run.cfg.kl_coef * (old - reference)
+    columns = torch.arange(int(batch.lengths.max()), device=trained.device)
+    mask = (columns < save.mine(batch.lengths).flatten()[:, None]) & save.mine(trained).flatten()[:, None]
+    kl = 0.0 if reference is None else run.cfg.kl_coef * (old - reference)  # --kl_coef 0 has neither
     return reinforce_advantages(save.mine(batch.rewards).flatten(), kl, mask, save.total)
 
 save.ALGORITHMS["reinforce++"] = save.Algorithm(reinforce_advantages, "token", "reward", (0.2, 0.2))
