@@ -40,7 +40,8 @@ CASES = {  # flags; ensemble takes models of the cases value*
 FORKS = "hl_bt balanced reinforce_pp verifier offline ensemble r2m prime".split()
 # columns that one of the two may lack
 MAY_LACK = set("usable deflation common_push value_rmse spread_after kept reward_spread reward response_tokens "
-               "truncated positive valid value_bias value_loss value_target_variance value_r2 threshold learned".split())
+               "truncated positive valid value_bias value_loss value_target_variance value_r2 threshold "
+               "learned".split())
 
 def python(checkout, words, log):
     """Run this interpreter in a checkout -> its output, which `log` gets too."""

@@ -470,8 +470,43 @@ def pooled(out, specs, index):
                                                       for x, change in changes.items()}})
     return lines
 
+LABELS = {"random": ", random labels", "flipped": ", labels flipped", "gpt4": ", GPT-4's verdicts",
+          "gpt4 random": ", random verdicts"}
+HEAD = ("update; lr_rm is 3e-5 where it is not named | accuracy, change: by seed, mean | NLL, change: by seed, mean | "
+        "spread x | length | own pairs | moved, % | guard")
+
+def row_name(spec):
+    """What a run is called in `table`."""
+    name = measure.NAMES.get(spec.update, spec.update) if spec.update != "offline" else "continual offline"
+    name += LABELS.get(spec.labels, "") if spec.update != "offline" else ""
+    words = {f", lambda {spec.keep:g}": spec.keep, f", lr_rm {spec.lr:g}": spec.lr != 3e-5,
+             f", `--lr_value {spec.lr_value:g}`": spec.lr_value != 3e-5, f", head x {spec.head:g}": spec.head != 1,
+             f", {spec.rm} head": spec.rm != "all"}
+    return name + "".join(word for word, there in words.items() if there)
+
+def table(lines):
+    """Markdown lines of the runs among the lines of real.jsonl; both seeds of a run are one."""
+    means = {line["mean of seeds"]: line for line in lines if "mean of seeds" in line}
+    rows, shown = {}, [f"| {HEAD} |", "|---" * 8 + "|"]
+    for line in (line for line in lines if "update" in line):
+        spec = Spec(**{name: line[name] for name in Spec._fields})
+        rows.setdefault(spec._replace(seed=0), []).append(line)
+    for spec, own in rows.items():
+        def each(text, number):
+            return ", ".join(text.format(number(line)) for line in own)
+        def change(name):
+            mean = means[name_of(spec)][name] if len(own) == 2 else own[0][name]
+            seeds = each("{:+.1f}", lambda line: line[name][0]) + ": " if len(own) == 2 else ""
+            return seeds + "{:+.1f} [{:+.1f}, {:+.1f}]".format(*mean)
+        cells = [row_name(spec) + (f" (seed {own[0]['seed']})" if len(own) == 1 else ""), change("gain"), change("nll"),
+                 each("{:.2f}", lambda line: line["spread"]), each("{:.2f}", lambda line: line["length"]),
+                 each("{:+.1f}", lambda line: line["own"][0]), each("{:.0f}", lambda line: 100 * line["moved"][0]),
+                 each("{:+.1f}", lambda line: line["best"][0])]
+        shown.append(f"| {' | '.join(cells)} |")
+    return shown
+
 def write(out, index):
-    """out/real.jsonl and its lines in short: what is there."""
+    """out/real.jsonl of what is there, and the table of its runs."""
     specs = [spec for spec in PLAN if Path(out, f"runs/{name_of(spec)}.pt").exists()]
     runs = [line_of(out, spec, index) for spec in specs]
     lines = [{"frozen": {file.stem: made(out, f"value/{file.name}", None)["line"]
@@ -485,8 +520,7 @@ def write(out, index):
         minutes[row["stage"]] += row["cpu_s"] / 60
     lines.append({"cpu_minutes": {name: round(x, 1) for name, x in minutes.items()}})
     (out / "real.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for run in runs:
-        print(*list(run.values())[:8], *(f"{name} {run[name]}" for name in ("gain", "nll", "spread", "best")))
+    print("\n".join(table(lines)))
 
 def at_work(out, task):
     """One of (function, arguments after `out`), in a process of its own."""

@@ -111,7 +111,7 @@ TABLES = {  # {table: {world: {row: flags}}}
     "weak": {"weak": {name: METHODS[name] for name in (
         "frozen RM", "SAVE", "SAVE w/o curriculum", "SAVE, policy frozen", "HL-BT", "Mean Reward")}},
     "kept": {world: {name: METHODS[name] for name in ("frozen RM", "SAVE", "centred")} | GUARDS
-             for world in ("few", "habits", "graded")},
+             for world in ("few", "habits", "habits_natural", "graded")},
     "purity": {world: {} for world in ("few", "habits", "graded")},  # not of runs
 }
 MAINS = {"save.py": save.main, "eval.py": evaluation.main, "tests/toy.py": toy.main, **{
@@ -394,7 +394,8 @@ def table(runs, world, names):
     if 0 < len(better) < len(initial):
         halves = {f"RM below {HALVES} %": initial.keys() - better, "above": better}
     lines = [f"| {world}: initial RM {mean_and_error(list(initial.values()))} %; {what} | RM gain | better | "
-             + "".join(f"{name} | " for name in halves) + "gold | minus frozen RM's | gold, greedy | spread x | seeds |",
+             + "".join(f"{name} | " for name in halves)
+             + "gold | minus frozen RM's | gold, greedy | spread x | seeds |",
              "|---" * (8 + len(halves)) + "|"]
     for name, row in rows.items():
         gains, golds = gains_of(row, initial), [run["gold"]["sampled"] for run in row.values()]

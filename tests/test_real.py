@@ -250,6 +250,19 @@ def test_pairs_that_v_splits():
     assert found["0"][:2] == [3, pytest.approx(200 / 3, abs=1e-3)] and found["0.5"][:2] == found["1"][:2] == [2, 50.0]
     assert found["1"][2:] == [0.0, 100.0] and quick.splits(rewards, torch.zeros(4), 1.0, list("abcd"))["0"] == [0]
 
+def test_the_committed_table_is_that_of_its_numbers():
+    results = Path(quick.__file__).with_name("results")
+    lines = list(map(json.loads, (results / "real.jsonl").read_text().splitlines()))
+    table = quick.table(lines)
+    assert "\n".join(table) in (results / "README.md").read_text(encoding="utf-8")
+    runs = {spec: line for line in lines if "update" in line
+            for spec in [quick.Spec(**{name: line[name] for name in quick.Spec._fields})]}
+    assert {*runs} == {*quick.PLAN}
+    two = [runs[quick.Spec("hl_bt", seed=seed)] for seed in (0, 1)]
+    known = [f"{line['accuracy'][-1] - line['accuracy'][0]:+.1f}" for line in two]  # of 318 pairs, in percent
+    assert [row for row in table if row.startswith(f"| HL-BT | {', '.join(known)}: ")]
+    assert "| centred, lambda 0.3 (seed 0) |" in "\n".join(table) and "| SAVE, even head (seed 0) |" in "\n".join(table)
+
 def test_what_is_made_is_not_made_again(tmp_path):
     with pytest.raises(ZeroDivisionError):
         quick.made(tmp_path, "a/b.pt", lambda: 1 / 0)

@@ -469,7 +469,7 @@ def build_rm(path, world, seed, asked, pool, jobs, meanwhile):
         shutil.rmtree(other) if other.is_dir() else other.unlink()
 
 def heldout(path, world, seed, name, prompts, many):
-    """DIR/heldout_NAME.jsonl, if it is not there and has at least 100 pairs: a policy that collapsed gives next to none.
+    """DIR/heldout_NAME.jsonl, if it is not there and gets at least 100 pairs: a collapsed policy gives next to none.
     """
     if not (path / f"heldout_{name}.jsonl").is_file():
         rows = heldout_rows(path, world, seed, name, prompts, many)
