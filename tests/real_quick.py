@@ -500,7 +500,8 @@ def table(lines):
             return seeds + "{:+.1f} [{:+.1f}, {:+.1f}]".format(*mean)
         cells = [row_name(spec) + (f" (seed {own[0]['seed']})" if len(own) == 1 else ""), change("gain"), change("nll"),
                  each("{:.2f}", lambda line: line["spread"]), each("{:.2f}", lambda line: line["length"]),
-                 each("{:+.1f}", lambda line: line["own"][0]), each("{:.0f}", lambda line: 100 * line["moved"][0]),
+                 each("{:+.1f}", lambda line: line["own"][0]),
+                 each("{:.0f}", lambda line: 100 * line.get("moved", [0])[0]),  # not there: it never learned
                  each("{:+.1f}", lambda line: line["best"][0])]
         shown.append(f"| {' | '.join(cells)} |")
     return shown
