@@ -10,9 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from unittest import mock
 
 import pytest
+import report
 import torch
 import toy
 from torch.distributed.run import get_args_parser
@@ -46,7 +46,7 @@ def read(file):
     return [json.loads(line) for line in pathlib.Path(file).read_text().splitlines()]
 
 def test_the_readme_is_what_these_tests_look_for():
-    assert len(COMMANDS) == 11 and len(SNIPPETS) == 2
+    assert len(COMMANDS) == 11 and len(SNIPPETS) == 1
     assert all(command.split()[0] in ("bash", "python", "torchrun") for command in COMMANDS), COMMANDS
 
 def test_names_in_the_readme_exist():
@@ -63,7 +63,7 @@ def test_names_in_the_readme_exist():
 def test_the_forks_in_the_readme_exist():
     files = re.findall(r"`(?:tests/forks/)?(\w+\.py)`", README.split("## Fork it")[1].split("## Where")[0])
     files.remove("save.py")
-    assert len(files) == 15 and [name for name in files if not (ROOT / "tests/forks" / name).is_file()] == []
+    assert len(files) == 16 and [name for name in files if not (ROOT / "tests/forks" / name).is_file()] == []
 
 def test_commands_of_save(folder, monkeypatch):
     """In the README's order, so that later ones find what earlier ones wrote; torchrun's as one process."""
@@ -84,17 +84,8 @@ def test_commands_of_save(folder, monkeypatch):
     logged = {re.sub(f"^({'|'.join(phases)})_", "PHASE_", re.sub("^(accuracy|loss)_.*", r"\1_NAME", name))
               for name in logged}
     assert explained == logged
-
-def test_the_plot_draws_two_columns(folder, monkeypatch):
-    drawn = mock.MagicMock()
-    monkeypatch.chdir(folder)
-    monkeypatch.setitem(sys.modules, "matplotlib", drawn)
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", drawn.pyplot)
-    pathlib.Path("runs/mine").mkdir(parents=True, exist_ok=True)
-    toy.write_rows("runs/mine/metrics.jsonl", [{"config": {}}, {"step": 0}, {"kept": 1, "valid": 0.5}, {"closing": {}}])
-    exec(SNIPPETS[0], {})
-    drawn.pyplot.plot.assert_called_once_with([[1, 0.5]], label=["kept", "valid"])
-    drawn.pyplot.savefig.assert_called_once_with("run.png")
+    report.main(re.findall(r"`python tests/report.py (runs/mine)`", README))
+    assert pathlib.Path("runs/mine/report.svg").read_text(encoding="utf-8").startswith("<svg")
 
 @pytest.mark.slow
 def test_commands_of_eval(folder, monkeypatch):
@@ -133,7 +124,7 @@ def fork(folder, monkeypatch):
 
 def test_a_loss_of_your_own_is_what_trains(fork):
     """Its value in step 1 is worked out again from what samples.jsonl says of that step."""
-    metrics, samples = fork(SNIPPETS[1], "--rm_update", "mine")
+    metrics, samples = fork(SNIPPETS[0], "--rm_update", "mine")
     margins = [(row["reward"] - row["value"]) * (1 if row["side"] == "+" else -1)
                for row in samples if row["step"] == 1 and row["kept"]]
     expected = torch.nn.functional.softplus(-torch.tensor(margins, dtype=torch.float64)).mean().item()
@@ -141,7 +132,7 @@ def test_a_loss_of_your_own_is_what_trains(fork):
     assert first["rm_loss"] == pytest.approx(expected, rel=1e-4) and first["reward_shift"] > 0
 
 def test_an_advantage_of_your_own_is_what_trains(fork):
-    metrics, _ = fork(SNIPPETS[1], "--algo", "mine")
+    metrics, _ = fork(SNIPPETS[0], "--algo", "mine")
     rewards, keep = torch.tensor([[4.0, 1.0, 9.0], [1.0, 2.0, 3.0]]), torch.tensor([[1, 1, 0], [0, 1, 0]]).bool()
     assert save.ALGORITHMS["mine"].advantages(rewards, keep).tolist() == [[1.5, -1.5, 0], [0, 0, 0]]
     plain, _ = fork("import save\nsave.main()", "--algo", "grpo")
