@@ -18,6 +18,7 @@ ranks, G responses each, N = P*G rows, T tokens, H hidden size.
 Forks: a loss is a row of RM_UPDATES, an advantage one of ALGORITHMS, a judge's labels go into `label`.
 """
 import argparse
+import atexit
 import datetime
 import fcntl
 import gzip
@@ -742,6 +743,7 @@ def start_ranks(device):
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():  # one may decode longer
         dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=datetime.timedelta(hours=2))
+        atexit.register(dist.destroy_process_group)
 
 def together(work):
     """work() on every rank; what one refuses all refuse."""
@@ -857,7 +859,7 @@ def used_rows(source, flag, use):
 
 def as_messages(value, where, role="user"):
     """A chat from text or a list of {"role", "content"}."""
-    with blamed(f'{where}: expected text or {{"role", "content"}} messages, got {repr(value)[:80]}'):
+    with blamed(f'{where}: expected text or {{"role", "content"}} messages, got {value!r:.80}'):
         chat = [{"role": role, "content": value}] if isinstance(value, str) and value.strip() else value
         others = {x for m in chat for x in (*m, m["role"]) if m.get(x, 1)}
         others -= {*"role content system user assistant tool".split()}
@@ -888,7 +890,7 @@ def as_pair(row):
     head, other = (chat[:-1] or prompt for chat in chats)
     fine = head == other and all(chat[-1]["role"] == "assistant" for chat in chats)
     fine = fine and head and head[0]["role"] != "assistant" and all(m in head for m in prompt)
-    expect(fine, "expected chosen and rejected to answer the same chat; expected a prompt, or chats with it in them")
+    expect(fine, "expected chosen and rejected to answer the same chat: a prompt, or chats with it in them")
     return head, [chat[-1]["content"] for chat in chats]
 
 def pair_of(row, rm, limit=sys.maxsize):
@@ -979,7 +981,6 @@ class Log:
     """Two files under --out, and the console."""
     files = "metrics.jsonl", "samples.jsonl"
     shown = "rm_loss rm_accuracy reward reward_spread kept valid kl step_seconds".split()
-
     def __init__(self, cfg, saved=()):
         self.cfg, self.record = cfg, {}
         if RANK == 0:
@@ -1037,10 +1038,9 @@ def closing_words(run, stage):
     x |= {"spread_times": [1, math.prod(times)]} if times else {}
     tries = [f"try: {words} ({name})" for name, low, high, words in TRY if name in x
              and not low <= min(x[name]) <= max(x[name]) <= high]
-    learned = f"the RM learned in {len(times)} of {len(rows) - 1} steps; " * ("learned" in x)
-    numbers = "; ".join(f"{name} {a:.3g}, {b:.3g}" for name, (a, b) in x.items())
+    said = f"the RM learned in {len(times)} of {len(rows) - 1} steps; " * ("learned" in x) + "first and last quarter: "
     if x:
-        say(f"{learned}first and last quarter: {numbers}", *tries[:5], sep="\n")
+        say(said + "; ".join(f"{name} {a:.3g}, {b:.3g}" for name, (a, b) in x.items()), *tries[:5], sep="\n")
         run.log.append(Log.files[0], {"closing": x, "try": tries})
 
 def record(run, batch, positive, negative, valid):
