@@ -865,7 +865,7 @@ def as_messages(value, where, role="user"):
         others -= {*"role content system user assistant tool".split()}
         expect(not others, f"{others} would be lost")
         chat = [{"role": m["role"], "content": m["content"]} for m in chat]
-        expect(chat and {type(text) for m in chat for text in m.values()} == {str}, "not text")
+        expect(chat and {type(x) for m in chat for x in m.values()} == {str}, "not text")
         return chat
 
 def prompt_of(row, cfg, policy, rm):
@@ -888,9 +888,9 @@ def as_pair(row):
     chats = [as_messages(row[side], side, "assistant") for side in ("chosen", "rejected")]
     prompt = as_messages(row["prompt"], "prompt") if row.get("prompt") else []
     head, other = (chat[:-1] or prompt for chat in chats)
-    fine = head == other and all(chat[-1]["role"] == "assistant" for chat in chats)
+    fine = head == other and all(x[-1]["role"] == "assistant" for x in chats)
     fine = fine and head and head[0]["role"] != "assistant" and all(m in head for m in prompt)
-    expect(fine, "expected chosen and rejected to answer the same chat: a prompt, or chats with it in them")
+    expect(fine, "expected chosen and rejected to answer the same chat; expected a prompt, or chats with it in them")
     return head, [chat[-1]["content"] for chat in chats]
 
 def pair_of(row, rm, limit=sys.maxsize):

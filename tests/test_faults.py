@@ -276,7 +276,7 @@ def test_a_run_on_ranks_leaves_its_group_before_python_ends(tmp_path):
     """Else gloo's threads are still there when it is torn down: exit code -6 now and then, after all is saved."""
     script = tmp_path / "ranks.py"
     script.write_text(f"import sys\nsys.path.insert(0, {save.__file__[:-8]!r})\nimport save\nimport atexit\n"
-                      "atexit.register(lambda: print('group', save.dist.is_initialized()))\n"  # it runs after save.py's
+                      "atexit.register(lambda: save.os.write(1, f'group {save.dist.is_initialized()}\\n'.encode()))\n"
                       "save.start_ranks('cpu')\nassert save.total(1) == [2]\n")
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     done = subprocess.run([sys.executable, *launch, script], capture_output=True, text=True)
